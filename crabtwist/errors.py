@@ -1,0 +1,167 @@
+"""
+What can go wrong, named by whose fault it is and by what may be done next.
+
+Two families.  A `Refusal` is the gateway's own answer: the caller asked for something that it will not
+or cannot do, and the words in it are for the caller.  An `UpstreamError` is one attempt that failed;
+the gateway decides whether another attempt may help, and only the last one is put into words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class CrabtwistError(Exception):
+    """The root of everything that this package raises on purpose."""
+
+
+class ConfigurationError(CrabtwistError):
+    """
+    The configuration cannot be served; nothing was started.
+
+    `complaints` holds every fault found, one line each, with the path of the key it is about.
+    """
+
+    def __init__(self, complaints: list[str]) -> None:
+        super().__init__("\n".join(complaints))
+        self.complaints = complaints
+
+
+class Refusal(CrabtwistError):
+    """
+    An answer that the gateway makes itself.
+
+    `status` is the HTTP status (400 to 599).  `slug` is a stable word for programs, sent as
+    `x-crabtwist-error`.  `type` is the dialect's own error type; None means the dialect's usual one for
+    the status.  `message` is for people: what was wrong, and what to do.  `headers` are sent with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        slug: str,
+        message: str,
+        *,
+        type: str | None = None,  # noqa: A002 - the field's name on the wire
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.slug = slug
+        self.type = type
+        self.message = message
+        self.headers = dict(headers or {})
+
+
+class Refused(Refusal):
+    """
+    Raised by an extension's `on_request` to end a request before any upstream is called.
+
+    `type` may be the caller's dialect's error type, or None for the usual one of the status.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        type: str | None,  # noqa: A002 - the field's name on the wire
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        slug: str = "refused",
+    ) -> None:
+        super().__init__(status, slug, message, type=type, headers=headers)
+
+
+class UpstreamError(CrabtwistError):
+    """
+    One attempt at a deployment failed.
+
+    `slug` names the fault, `status` is what a client is told when no other attempt helps, and
+    `transient` says whether the same deployment may be asked again.  Every upstream error may be
+    answered by trying the *next* deployment.
+    """
+
+    slug = "upstream_error"
+    status = 502
+    transient = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds: float | None = None
+
+
+class ConnectFailed(UpstreamError):
+    """No connection: refused, unreachable, name unknown, TLS not verified."""
+
+    slug = "connect_failed"
+
+
+class ConnectTimedOut(ConnectFailed):
+    """No connection within `connect_timeout`."""
+
+    slug = "connect_timeout"
+    status = 504
+
+
+class NoConnectionFree(UpstreamError):
+    """Every connection that `max_connections` allows was busy for the whole wait."""
+
+    slug = "no_connection_free"
+    status = 503
+
+
+class HeadTimedOut(UpstreamError):
+    """The upstream took the request and sent no response head within `timeout`."""
+
+    slug = "head_timeout"
+    status = 504
+
+
+class ConnectionBroken(UpstreamError):
+    """The connection ended, or spoke no HTTP, before the response was whole."""
+
+    slug = "connection_broken"
+
+
+class NotAnEventStream(UpstreamError):
+    """A stream was asked for and the upstream answered 200 with something else."""
+
+    slug = "not_an_event_stream"
+
+
+class BrokenBeforeFirstEvent(UpstreamError):
+    """A stream's head came, and no usable first event after it."""
+
+    slug = "broken_before_first_event"
+
+
+class UpstreamStatus(UpstreamError):
+    """The upstream answered with an error status (or its stream began with an error event)."""
+
+    slug = "upstream_status"
+
+    def __init__(self, message: str, upstream_status: int, *, transient: bool) -> None:
+        super().__init__(message)
+        self.upstream_status = upstream_status
+        self.status = upstream_status
+        self.transient = transient
+
+
+class CredentialRejected(UpstreamError):
+    """
+    The upstream refused the gateway's own credential (401 or 403).
+
+    Asking again is useless; another deployment may have a better one.  Never passed on as a 401, which
+    would blame the client's key.
+    """
+
+    slug = "upstream_credential_rejected"
+    transient = False
+
+
+class CredentialMisdirected(UpstreamError):
+    """A credential was about to be sent to a host that it does not belong to; nothing was sent."""
+
+    slug = "credential_misdirected"
+    transient = False

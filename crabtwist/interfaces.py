@@ -1,0 +1,185 @@
+"""
+The contracts between the gateway and what is plugged into it.
+
+This module imports zope.interface alone: `twisted.plugin` loads it in every trial and twistd of the
+environment, also in those that have nothing to do with us.
+
+Makers are what is discovered (`twisted.plugin.getPlugins(IProviderMaker)` and so on, in
+`twisted.plugins`): a word and the dotted path of what it makes, loaded only when a configuration names
+it.  Making has no side effects.  What needs starting or stopping also provides
+`twisted.application.service.IService` and is started before the first request.
+"""
+
+from __future__ import annotations
+
+from zope.interface import Attribute, Interface
+
+
+class IMaker(Interface):
+    """What all three kinds of maker have."""
+
+    def settings_class():  # type: ignore[no-untyped-def]
+        """
+        Return the frozen attrs class that this maker's table in the configuration is read into.
+
+        Its fields are the keys that the table may have; see `crabtwist.settings` for the types.
+        Importing it may fail, which is reported with the maker's name.
+        """
+
+
+class IProviderMaker(IMaker):
+    """Makes the providers of one kind."""
+
+    kind = Attribute("The word after `kind =` in `[providers.NAME]`: lower case, unique among all makers.")
+
+    def make(name, settings, services):  # type: ignore[no-untyped-def]
+        """
+        Return an `IProvider` for `[providers.NAME]`.
+
+        `name` is NAME; `settings` an instance of the settings class; `services` an `IServices`.
+        May raise `crabtwist.errors.ConfigurationError`.
+        """
+
+
+class IProvider(Interface):
+    """An upstream."""
+
+    name = Attribute("Its name in the configuration.")
+    kind = Attribute("Its maker's kind.")
+    dialects = Attribute("The dialects that it speaks natively: a frozenset of names.")
+    operations = Attribute("The operations that it serves: a frozenset of names.")
+
+    def open(call):  # type: ignore[no-untyped-def]
+        """
+        Send one `crabtwist.values.Call` upstream.
+
+        Returns a Deferred that fires with a `twisted.web.iweb.IResponse` when the response head has come,
+        whatever its status, or fails with a `crabtwist.errors.UpstreamError`.  Cancelling it, or
+        stopping the body's producer later, closes the connection at once.  Called once per attempt;
+        it never retries by itself, but for a kept connection that turns out to be dead.
+        """
+
+    def list_models():  # type: ignore[no-untyped-def]
+        """Return a Deferred of the list of the model names that the upstream says it serves."""
+
+
+class IServices(Interface):
+    """What the gateway lends to those that it makes."""
+
+    clock = Attribute("An `IReactorTime`: the only clock that plugins should read.")
+
+    def agent(*, connect_timeout_seconds, max_connections, connection_wait_seconds, ca_file):  # type: ignore[no-untyped-def]
+        """
+        Return a new `twisted.web.iweb.IAgent` with its own pool of connections.
+
+        It speaks HTTP/1.1, verifies TLS (against `ca_file`, the path of a PEM file, when that is not
+        None), follows no redirects, keeps no cookies, decodes nothing, and fails with our errors.
+        """
+
+
+class IExtensionMaker(IMaker):
+    """Makes one extension."""
+
+    name = Attribute("The word in `[extensions.NAME]`: lower case, unique among all makers.")
+
+    def make(settings, services):  # type: ignore[no-untyped-def]
+        """Return an `IExtension`.  May raise `crabtwist.errors.ConfigurationError`."""
+
+
+class IExtension(Interface):
+    """
+    A guard or a watcher on every request's way.
+
+    Hooks run in the order of the configuration and may return Deferreds.  Subclass
+    `crabtwist.extensions.base.Extension` and override what is needed; a hook that is not overridden
+    costs nothing.
+    """
+
+    name = Attribute("Its maker's name.")
+
+    def on_request(context):  # type: ignore[no-untyped-def]
+        """
+        Before the cache and any upstream.
+
+        May raise `crabtwist.errors.Refused`: the first refusal ends the request.  Any other exception
+        refuses it too, with a 500: a guard that crashed has not said yes.
+        """
+
+    def on_cache_lookup(context, body):  # type: ignore[no-untyped-def]
+        """
+        After every guard said yes.  `body` is the request's bytes.
+
+        Returns a `crabtwist.values.Answer` to give instead of asking an upstream, or None.
+        """
+
+    def on_response(context, body, response):  # type: ignore[no-untyped-def]
+        """
+        After a complete, successful, plain answer; `response` is a `crabtwist.values.Answer`.
+
+        Not called for streams, nor for answers larger than `max_answer_copy_bytes`.
+        """
+
+    def on_chunk(context, event):  # type: ignore[no-untyped-def]
+        """
+        Each event of a stream, a `crabtwist.sse.Event`, in order, as it is relayed.
+
+        Must not return a Deferred: the bytes do not wait.
+        """
+
+    def on_error(context, error):  # type: ignore[no-untyped-def]
+        """A failed attempt, or a stream that broke: `error` is a `crabtwist.errors.UpstreamError`."""
+
+    def on_end(context, outcome):  # type: ignore[no-untyped-def]
+        """
+        Exactly once for every request that was read, however it ended.
+
+        Refused, answered from a cache, failed, abandoned by its client or complete; `outcome` is a
+        `crabtwist.values.Outcome`.  The answer does not wait for what this returns.
+        """
+
+
+class IStorageMaker(IMaker):
+    """Makes the stores of one kind."""
+
+    kind = Attribute("The word after `kind =` in `[storage]`: lower case, unique among all makers.")
+
+    def make(settings, services):  # type: ignore[no-untyped-def]
+        """Return an `IStorage`.  Opens nothing yet; may raise `ConfigurationError`."""
+
+
+class IStorage(Interface):
+    """
+    Shared keys and counters.
+
+    Keys and values are bytes.  The first argument of every method is a namespace, an ASCII word of the
+    caller's own, kept apart from the key so that no text of a client's can reach into another's.
+    """
+
+    def open():  # type: ignore[no-untyped-def]
+        """
+        Return a Deferred that fires when the store can be used.
+
+        A failure stops the start: no port is opened.
+        """
+
+    def close():  # type: ignore[no-untyped-def]
+        """Return a Deferred that fires when everything is written and let go."""
+
+    def get(namespace, key):  # type: ignore[no-untyped-def]
+        """Return a Deferred of the value, or of None."""
+
+    def set(namespace, key, value, ttl_seconds=None):  # type: ignore[no-untyped-def]
+        """Store a value, for `ttl_seconds` if given."""
+
+    def increment(namespace, key, delta, ttl_seconds=None):  # type: ignore[no-untyped-def]
+        """
+        Add `delta`, an int, to a counter that begins at 0; atomic, also between processes.
+
+        Returns a Deferred of the new total.  `ttl_seconds` counts from the counter's beginning.
+        """
+
+    def list(namespace, prefix=b""):  # type: ignore[no-untyped-def]
+        """Return a Deferred of the (key, value) pairs whose keys begin so, sorted; counters excluded."""
+
+    def delete(namespace, key):  # type: ignore[no-untyped-def]
+        """Forget a value or a counter; forgetting what is not there is fine."""

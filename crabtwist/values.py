@@ -1,0 +1,171 @@
+"""
+The records that travel: what is asked of a provider, who asks, and how it ended.
+
+All frozen, but for `Context`, whose `deployment` names whoever is being asked *now*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import attrs
+
+#: Header fields in wire order, names as they were written.
+Headers = tuple[tuple[bytes, bytes], ...]
+
+EndedBy = Literal["upstream", "client", "gateway"]
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+@attrs.frozen
+class Call:
+    """
+    What a provider is asked to send upstream; one attempt's worth.
+
+    `model` is the upstream's own name for the model, already inside `body`.  `query` is the client's
+    query string without its `?` (b"" for none).  `headers` are the client's end-to-end fields: no
+    credentials, no cookies, nothing hop-by-hop; the provider adds its own credential.
+    """
+
+    operation: str
+    dialect: str
+    model: str
+    stream: bool
+    query: bytes
+    headers: Headers
+    body: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Usage:
+    """
+    Tokens by class; the classes are disjoint, so their sum is the request's total.
+
+    `input_tokens` excludes everything read from or written to a prompt cache.  `output_tokens` excludes
+    `reasoning_tokens`.  `cache_write_tokens` are those kept for five minutes,
+    `cache_write_1h_tokens` for an hour.  `server_tool_calls` counts the vendor's own tools by name.
+    `raw` is the vendor's usage object, verbatim JSON, so that a record can be priced again later;
+    `complete` is False when the answer broke off before its last word on usage.
+    """
+
+    input_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    server_tool_calls: Mapping[str, int] = NOTHING
+    raw: bytes = attrs.field(default=b"", repr=False)
+    complete: bool = True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Everything that went in, cached or not."""
+        return (
+            self.input_tokens + self.cache_read_tokens + self.cache_write_tokens + self.cache_write_1h_tokens
+        )
+
+    @property
+    def completion_tokens(self) -> int:
+        """Everything that came out, thought or said."""
+        return self.output_tokens + self.reasoning_tokens
+
+
+@attrs.frozen
+class Attempt:
+    """
+    One try at one deployment.
+
+    `status` is the upstream's HTTP status, None when no head came.  `error` is the slug of what went
+    wrong, None when the attempt was the one that answered.  Times are seconds.
+    """
+
+    provider: str
+    model: str
+    status: int | None
+    error: str | None
+    started_after_seconds: float
+    duration_seconds: float
+
+
+@attrs.define(eq=False)
+class Context:
+    """
+    One request as its extensions see it.
+
+    `model_asked` is the client's word, `model` the name that aliases resolve it to.  `principal` is the
+    name of the virtual key.  `started_at` is Unix time in seconds.  `provider` and `upstream_model` are
+    those of the *current attempt* ("" before the first), so that labels and prices name who really
+    answers.  `max_tokens` is the client's own bound, None if it set none.
+    """
+
+    request_id: str
+    operation: str
+    dialect: str
+    model_asked: str
+    model: str
+    principal: str | None
+    stream: bool
+    started_at: float
+    max_tokens: int | None = None
+    provider: str = ""
+    upstream_model: str = ""
+
+
+@attrs.frozen
+class Answer:
+    """A whole, plain answer: what a cache gives back and what `on_response` is shown."""
+
+    status: int
+    headers: Headers
+    body: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Outcome:
+    """
+    How one request ended; there is exactly one for each.
+
+    `status` is the HTTP status that the client was sent; 499 when it left before there was one, and 0
+    when the answer broke after its head had gone.  `reason` is "complete" or the slug of what ended it
+    ("client_left", "truncated", "idle_timeout", "refused", ...).  `usage` is None when nothing is known.
+    Times are seconds from the request's start; `first_byte_seconds` is None when no byte was sent.
+    `bytes_in` and `bytes_out` count bodies only.
+    """
+
+    status: int
+    ended_by: EndedBy
+    reason: str
+    message: str | None
+    usage: Usage | None
+    attempts: tuple[Attempt, ...]
+    model_answered: str | None
+    first_byte_seconds: float | None
+    duration_seconds: float
+    bytes_in: int
+    bytes_out: int
+    cache_hit: bool = False
+
+
+@attrs.frozen
+class UsageEvent:
+    """
+    One request's usage, for programs that embed the gateway.
+
+    The fields and the sentinel are the reference system's: `status` 0 means that the answer broke after
+    its head was sent; `endpoint` is the operation ("messages", "chat.completions", "embeddings", ...).
+    """
+
+    timestamp: float
+    request_id: str
+    principal: str | None
+    model: str
+    provider: str
+    endpoint: str
+    usage: Usage
+    duration_ms: int
+    status: int
+    error: str | None
