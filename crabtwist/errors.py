@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from crabtwist.values import Answer
+
 
 class CrabtwistError(Exception):
     """The root of everything that this package raises on purpose."""
@@ -76,19 +78,22 @@ class UpstreamError(CrabtwistError):
     """
     One attempt at a deployment failed.
 
-    `slug` names the fault, `status` is what a client is told when no other attempt helps, and
-    `transient` says whether the same deployment may be asked again.  Every upstream error may be
-    answered by trying the *next* deployment.
+    `slug` names the fault, `status` is what a client is told when no other attempt helps, `transient`
+    says whether the same deployment may be asked again, and `final` whether no deployment may: the
+    upstream has done the work, and would bill it twice.  `answer` is the upstream's own answer, where
+    there was one that the client should see.
     """
 
     slug = "upstream_error"
     status = 502
     transient = True
+    final = False
+    answer: Answer | None = None
+    retry_after_seconds: float | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after_seconds: float | None = None
 
 
 class ConnectFailed(UpstreamError):
@@ -136,15 +141,22 @@ class BrokenBeforeFirstEvent(UpstreamError):
     slug = "broken_before_first_event"
 
 
+class Redirected(UpstreamError):
+    """The upstream answered with a redirect; the gateway follows none, and passes none on."""
+
+    slug = "upstream_redirected"
+    transient = False
+
+
 class UpstreamStatus(UpstreamError):
-    """The upstream answered with an error status (or its stream began with an error event)."""
+    """The upstream answered with a status, or a first event, that another attempt may better."""
 
     slug = "upstream_status"
 
-    def __init__(self, message: str, upstream_status: int, *, transient: bool) -> None:
+    def __init__(self, message: str, answer: Answer, *, transient: bool = True) -> None:
         super().__init__(message)
-        self.upstream_status = upstream_status
-        self.status = upstream_status
+        self.answer = answer
+        self.status = answer.status
         self.transient = transient
 
 
@@ -165,3 +177,30 @@ class CredentialMisdirected(UpstreamError):
 
     slug = "credential_misdirected"
     transient = False
+
+
+class AnswerBroken(UpstreamError):
+    """The answer broke after its head: the work may have been done, so it is not asked for again."""
+
+    slug = "connection_broken"
+    transient = False
+    final = True
+
+
+class Truncated(AnswerBroken):
+    """A stream ended without the event that ends a whole one."""
+
+    slug = "truncated"
+
+
+class IdleTimedOut(AnswerBroken):
+    """The upstream sent nothing for `idle_timeout`."""
+
+    slug = "idle_timeout"
+    status = 504
+
+
+class ErrorEvent(AnswerBroken):
+    """The upstream itself said, in mid-stream, that it failed."""
+
+    slug = "upstream_error_event"

@@ -68,12 +68,13 @@ class IServices(Interface):
 
     clock = Attribute("An `IReactorTime`: the only clock that plugins should read.")
 
-    def agent(*, connect_timeout_seconds, max_connections, connection_wait_seconds, ca_file):  # type: ignore[no-untyped-def]
+    def agent(*, ca_file=None):  # type: ignore[no-untyped-def]
         """
         Return a new `twisted.web.iweb.IAgent` with its own pool of connections.
 
-        It speaks HTTP/1.1, verifies TLS (against `ca_file`, the path of a PEM file, when that is not
-        None), follows no redirects, keeps no cookies, decodes nothing, and fails with our errors.
+        Its timeouts and bounds are those of the provider's table in the configuration.  It speaks
+        HTTP/1.1, verifies TLS (against `ca_file`, the path of a PEM file, when that is not None), follows
+        no redirects, keeps no cookies, decodes nothing, and fails with our errors.
         """
 
 
@@ -91,7 +92,7 @@ class IExtension(Interface):
     A guard or a watcher on every request's way.
 
     Hooks run in the order of the configuration and may return Deferreds.  Subclass
-    `crabtwist.extensions.base.Extension` and override what is needed; a hook that is not overridden
+    `crabtwist.extension.Extension` and override what is needed; a hook that is not overridden
     costs nothing.
     """
 

@@ -1,0 +1,259 @@
+"""One try at one deployment: from the call to an answer that is worth passing on, or an error."""
+
+from __future__ import annotations
+
+import attrs
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.web.iweb import IResponse
+
+from crabtwist.dialects.base import AnswerReader, UpstreamSays
+from crabtwist.dialects.operations import Operation
+from crabtwist.errors import (
+    BrokenBeforeFirstEvent,
+    ConnectionBroken,
+    CredentialRejected,
+    HeadTimedOut,
+    NotAnEventStream,
+    Redirected,
+    UpstreamError,
+    UpstreamStatus,
+)
+from crabtwist.headers import downward, first
+from crabtwist.hooks import Hooks
+from crabtwist.plain_relay import HOLD_BYTES, PlainRelay
+from crabtwist.relay import Relay, RelayLimits
+from crabtwist.retry import CREDENTIAL_STATUSES, TRANSIENT_STATUSES, retry_after_seconds
+from crabtwist.routing import Deployment
+from crabtwist.stream_relay import StreamRelay
+from crabtwist.values import Answer, Call, Context, Headers
+
+_log = Logger()
+
+
+@attrs.frozen
+class Patience:
+    """
+    What the configuration says about waiting and keeping, for every attempt alike.
+
+    `commit_seconds` is how long a stream's head waits for its first event.
+    """
+
+    commit_seconds: float = 10.0
+    ping_seconds: float = 15.0
+    client_stall_seconds: float = 300.0
+    max_event_bytes: int = 1 << 20
+    max_answer_copy_bytes: int = 1 << 20
+
+
+@attrs.frozen
+class Reply:
+    """An upstream's answer, its head read and its body on the way."""
+
+    status: int
+    headers: Headers
+    relay: Relay
+    reader: AnswerReader
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is a stream of events."""
+        return isinstance(self.relay, StreamRelay)
+
+
+class Attempt:
+    """
+    One try; `status` is the upstream's, once it is known.
+
+    `reader` has read whatever came of an answer, also of one that was no use.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        operation: Operation,
+        deployment: Deployment,
+        clock: IReactorTime,
+        patience: Patience,
+        hooks: Hooks,
+        *,
+        hide_usage: bool,
+    ) -> None:
+        self.status: int | None = None
+        self.reader = operation.dialect.reader(hide_usage=hide_usage)
+        self._context = context
+        self._operation = operation
+        self._deployment = deployment
+        self._clock = clock
+        self._patience = patience
+        self._hooks = hooks
+        self._limits = RelayLimits(
+            idle_timeout_seconds=deployment.idle_timeout_seconds,
+            client_stall_seconds=patience.client_stall_seconds,
+            ping_seconds=patience.ping_seconds,
+        )
+
+    async def reply(self, call: Call) -> Reply:
+        """Send the call; returns an answer to pass on, or raises an `UpstreamError`."""
+        response = await self._head(call)
+        self.status = response.code
+        fields = _fields(response)
+        if 200 <= response.code < 300:
+            if call.stream:
+                return await self._stream(response, fields)
+            return await self._plain(response, fields)
+        return await self._not_successful(response, fields)
+
+    async def _head(self, call: Call) -> IResponse:
+        seconds = self._deployment.head_timeout_seconds
+        try:
+            opening: Deferred[IResponse] = self._deployment.provider.open(call)
+            return await opening.addTimeout(seconds, self._clock)
+        except (CancelledError, UpstreamError):
+            raise
+        except DeferredTimeoutError:
+            raise HeadTimedOut(f"the upstream sent no response head within {seconds:g} seconds") from None
+        except Exception as error:
+            _log.failure("the provider {provider} failed", provider=self._deployment.provider.name)
+            raise ConnectionBroken(f"the provider failed: {type(error).__name__}") from error
+
+    # Answers of status 200.
+
+    async def _plain(self, response: IResponse, fields: Headers) -> Reply:
+        relay = self._plain_relay(response, self.reader if self._operation.counts else None)
+        relay.open()
+        await _until_ready(relay)
+        if relay.end is not None and relay.end.error is not None:
+            raise relay.end.error
+        return Reply(response.code, downward(fields), relay, self.reader)
+
+    async def _stream(self, response: IResponse, fields: Headers) -> Reply:
+        await self._refuse_what_is_no_stream(response, fields)
+        relay = StreamRelay(
+            response,
+            self._clock,
+            self._limits,
+            dialect=self._operation.dialect,
+            reader=self.reader,
+            request_id=self._context.request_id,
+            on_event=(lambda event: self._hooks.chunk(self._context, event))
+            if self._hooks.want_events
+            else None,
+            max_event_bytes=self._patience.max_event_bytes,
+        )
+        relay.open()
+        await _until_ready(relay, self._patience.commit_seconds, self._clock)
+        self._judge_beginning(relay, fields)
+        return Reply(response.code, downward(fields), relay, self.reader)
+
+    async def _refuse_what_is_no_stream(self, response: IResponse, fields: Headers) -> None:
+        content_type = (first(fields, b"content-type") or b"none").split(b";")[0].strip().lower()
+        encoding = first(fields, b"content-encoding") or b"identity"
+        if content_type == b"text/event-stream" and encoding.lower() == b"identity":
+            return
+        await self._body(response)
+        what = content_type if content_type != b"text/event-stream" else encoding + b"-encoded events"
+        raise NotAnEventStream(
+            f"a stream was asked for and the upstream answered with {what.decode('latin-1')!r}"
+        )
+
+    def _judge_beginning(self, relay: StreamRelay, fields: Headers) -> None:
+        """Raise if the first event says that another attempt may do better, or if there is none."""
+        said = self.reader.error
+        try:
+            if said is not None and said.status in CREDENTIAL_STATUSES:
+                raise self._credential_rejected(said.message)
+            if said is not None and said.status in TRANSIENT_STATUSES:
+                raise self._status_error(said, self._in_dialect(said, fields), fields)
+            if relay.end is not None and relay.end.error is not None and not self.reader.began:
+                raise BrokenBeforeFirstEvent(f"before the first event: {relay.end.error.message}")
+        except UpstreamError:
+            relay.stop()
+            raise
+
+    # Other answers.
+
+    async def _not_successful(self, response: IResponse, fields: Headers) -> Reply:
+        if response.code in CREDENTIAL_STATUSES:
+            body = await self._body(response)
+            said = self._operation.dialect.read_error(body)
+            raise self._credential_rejected(said.message if said else "")
+        if response.code in TRANSIENT_STATUSES:
+            body = await self._body(response)
+            said = self._operation.dialect.read_error(body)
+            answer = Answer(response.code, downward(fields), body)
+            raise self._status_error(said or UpstreamSays(response.code, "", ""), answer, fields)
+        if response.code < 400:
+            await self._body(response)
+            raise Redirected(
+                f"the upstream answered with status {response.code}, which the gateway never follows"
+            )
+        relay = self._plain_relay(response, None)
+        relay.open()
+        await _until_ready(relay)
+        if relay.end is not None and relay.end.error is not None:
+            raise relay.end.error
+        return Reply(response.code, downward(fields), relay, self.reader)
+
+    async def _body(self, response: IResponse) -> bytes:
+        """Return a small body, or the beginning of a large one, so that its connection can be used again."""
+        relay = self._plain_relay(response, None)
+        relay.open()
+        await _until_ready(relay)
+        held = relay.held
+        relay.stop()
+        return held
+
+    def _plain_relay(self, response: IResponse, reader: AnswerReader | None) -> PlainRelay:
+        copy_bytes = self._patience.max_answer_copy_bytes if self._hooks.want_answers else HOLD_BYTES
+        return PlainRelay(response, self._clock, self._limits, reader=reader, copy_bytes=copy_bytes)
+
+    # Words.
+
+    def _credential_rejected(self, message: str) -> CredentialRejected:
+        provider = self._deployment.provider.name
+        return CredentialRejected(
+            f"the upstream {provider!r} refuses the gateway's own credential; tell whoever runs this gateway"
+            + (f" ({message})" if message else "")
+        )
+
+    def _status_error(self, said: UpstreamSays, answer: Answer, fields: Headers) -> UpstreamStatus:
+        transient = first(fields, b"x-should-retry") != b"false"
+        message = f"the upstream answered with status {answer.status} {said.type} {said.message}".strip()
+        error = UpstreamStatus(message, answer, transient=transient)
+        error.retry_after_seconds = retry_after_seconds(
+            first(fields, b"retry-after-ms"), first(fields, b"retry-after"), self._clock.seconds()
+        )
+        return error
+
+    def _in_dialect(self, said: UpstreamSays, fields: Headers) -> Answer:
+        """Return what a stream's first event said as the plain answer that it amounts to."""
+        kept = tuple((name, value) for name, value in downward(fields) if name.lower() != b"content-type")
+        body = self._operation.dialect.error_body(
+            said.status, said.type, "upstream_error_event", said.message, self._context.request_id
+        )
+        return Answer(said.status, ((b"content-type", b"application/json"), *kept), body)
+
+
+def _fields(response: IResponse) -> Headers:
+    """Return a response's fields, in wire order where the response knows it."""
+    raw: Headers | None = getattr(response, "raw_headers", None)
+    if raw is not None:
+        return raw
+    return tuple((name, value) for name, values in response.headers.getAllRawHeaders() for value in values)
+
+
+async def _until_ready(relay: Relay, seconds: float | None = None, clock: IReactorTime | None = None) -> None:
+    """Wait until a relay knows enough, or for `seconds`; whoever stops waiting stops the relay."""
+    ready = relay.ready
+    if seconds is not None and clock is not None:
+        ready = ready.addTimeout(seconds, clock)
+    try:
+        await ready
+    except DeferredTimeoutError:
+        return
+    except CancelledError:
+        relay.stop()
+        raise

@@ -1,0 +1,262 @@
+"""
+What a request's JSON body says, found without building the document, and spliced without rebuilding it.
+
+The bytes that are checked here are the bytes that go upstream, where another parser reads them.  So
+whatever two parsers could read differently is refused: a key that we read given twice (or in other
+letter cases, which Go's decoder takes for the same key), other encodings than UTF-8, a byte order mark,
+numbers beyond what a double holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import attrs
+import msgspec
+
+from crabtwist.errors import Refusal
+
+#: The top-level keys that the gateway reads; each may stand once, spelled just so.
+KEYS_READ = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "stream_options"})
+
+#: How deep arrays and objects may nest, if the configuration does not say.
+MAX_JSON_DEPTH = 64
+
+#: A model's name, in characters.
+MAX_MODEL_LENGTH = 256
+
+#: The largest whole number that every JSON parser reads alike (RFC 8259, section 6).
+MAX_EXACT_INTEGER = 2**53 - 1
+
+#: Replace `body[start:end]` with `text`.
+Edit = tuple[int, int, bytes]
+
+_WHITE = rb"[ \t\r\n]*"
+#: From the end of one member's value (or the start of the document) to the start of the next one's.
+_TO_NEXT_VALUE = re.compile(
+    _WHITE + rb"[{,]" + _WHITE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITE + rb":" + _WHITE, re.DOTALL
+)
+_OPENING_BRACE = re.compile(_WHITE + rb"\{" + _WHITE)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+
+class _Key:
+    """
+    A member's name that equals nothing but itself, so that a dict of them keeps repeated members.
+
+    msgspec makes one for each key that it meets: the cheapest way to learn the top level's names, with
+    the values left as slices of the body.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _make_key(_type: type, name: str) -> _Key:
+    return _Key(name)
+
+
+_top_level = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=_make_key)
+
+
+def invalid(message: str) -> Refusal:
+    """Return the refusal of a body that says something wrong."""
+    return Refusal(400, "invalid_body", message)
+
+
+@attrs.frozen
+class JSONObject:
+    """
+    One JSON object as it was written: its text, and its members' names and values in order.
+
+    Names may repeat; the first one counts.
+    """
+
+    data: bytes = attrs.field(repr=False)
+    members: Sequence[tuple[str, msgspec.Raw]] = attrs.field(repr=False)
+
+    @classmethod
+    def parse(cls, data: bytes) -> JSONObject | None:
+        """Return the object that `data` is the text of, None if it is none."""
+        try:
+            return cls(data, [(key.name, raw) for key, raw in _top_level.decode(data).items()])
+        except (msgspec.DecodeError, RecursionError):
+            return None
+
+    def get(self, name: str) -> bytes | None:
+        """Return the value of a member as it was written, or None."""
+        for member, raw in self.members:
+            if member == name:
+                return bytes(raw)
+        return None
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Return where in `data` the value of the member `name` stands; KeyError if there is none."""
+        position = 0
+        for member, raw in self.members:
+            match = _TO_NEXT_VALUE.match(self.data, position)
+            assert match is not None, "the parser and the walk disagree about a valid document"
+            position = match.end() + memoryview(raw).nbytes
+            if member == name:
+                return match.end(), position
+        raise KeyError(name)
+
+    def setting(self, name: str, value: bytes) -> Edit:
+        """Return the edit that gives the member `name` a value, adding it as the first if it is missing."""
+        if any(member == name for member, _ in self.members):
+            return (*self.span(name), value)
+        match = _OPENING_BRACE.match(self.data)
+        assert match is not None
+        comma = b"," if self.members else b""
+        return (match.end(), match.end(), b'"' + name.encode() + b'":' + value + comma)
+
+
+@attrs.frozen
+class RequestBody(JSONObject):
+    """
+    A body that passed every check, and what it says.
+
+    `stream` is False where it is absent or null.  `max_tokens` is the caller's bound on the answer
+    (OpenAI's `max_completion_tokens` wins over `max_tokens`), None where there is none.
+    """
+
+    model: str
+    stream: bool
+    max_tokens: int | None
+
+    def renaming(self, model: str) -> list[Edit]:
+        """Return the edit that makes `model` the body's model: none if it says so already."""
+        if model == self.model:
+            return []
+        return [(*self.span("model"), msgspec.json.encode(model))]
+
+
+def splice(data: bytes, edits: Sequence[Edit]) -> bytes:
+    """Return the text with the edits made and every other byte as it came."""
+    if not edits:
+        return data
+    parts = []
+    position = 0
+    for start, end, text in sorted(edits):
+        parts += [data[position:start], text]
+        position = end
+    return b"".join([*parts, data[position:]])
+
+
+def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
+    """
+    Check a request's body and read what the gateway needs.
+
+    Raises `Refusal` (400) in words for the caller.
+    """
+    members = _members(data)
+    if _too_deep(data, max_depth):
+        raise invalid(f"the body nests deeper than {max_depth} levels; flatten it")
+    _refuse_ambiguous_keys(members)
+    values = {name: bytes(raw) for name, raw in members if name in KEYS_READ}
+    limits = [_max_tokens(values, name) for name in ("max_completion_tokens", "max_tokens")]
+    return RequestBody(
+        data=data,
+        members=members,
+        model=_model(values.get("model")),
+        stream=_stream(values.get("stream")),
+        max_tokens=limits[0] if limits[0] is not None else limits[1],
+    )
+
+
+def _members(data: bytes) -> list[tuple[str, msgspec.Raw]]:
+    if not data:
+        raise invalid("the body is empty; send a JSON object")
+    if data.startswith(_BYTE_ORDER_MARKS):
+        raise invalid("the body begins with a byte order mark; send plain UTF-8 without one")
+    try:
+        # msgspec does not look into the strings that it skips.
+        data.isascii() or data.decode()
+        return [(key.name, raw) for key, raw in _top_level.decode(data).items()]
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise invalid("the body nests far too deep; flatten it") from None
+    except msgspec.ValidationError:
+        raise invalid("the body is not a JSON object") from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"the body is not JSON: {_reason(str(error))}") from None
+
+
+def _reason(text: str) -> str:
+    if "truncated" in text:
+        return "it ends too early, or holds half of a surrogate pair"
+    return text.removeprefix("JSON is malformed: ")
+
+
+def _too_deep(data: bytes, max_depth: int) -> bool:
+    """
+    Tell whether a valid document nests deeper than `max_depth`, at the speed of bytes.replace.
+
+    What is outside strings is reduced to its brackets; each round of removing `[]` and `{}` then takes
+    the innermost level away.
+    """
+    if data.count(b"[") + data.count(b"{") <= max_depth:
+        return False
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = b"".join(data.split(b'"')[::2]).translate(None, _NOT_BRACKETS)
+    for _ in range(max_depth):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"\0").replace(b"{}", b"\0").replace(b"\0", b"")
+    return bool(brackets)
+
+
+def _refuse_ambiguous_keys(members: Sequence[tuple[str, msgspec.Raw]]) -> None:
+    seen = set()
+    for name, _ in members:
+        folded = name.casefold()
+        if folded not in KEYS_READ:
+            continue
+        if folded in seen:
+            raise invalid(f'the key "{folded}" stands twice (other letter cases count); send it once')
+        if name != folded:
+            raise invalid(f'the key "{name}" has to be spelled "{folded}"')
+        seen.add(folded)
+
+
+def _decode(raw: bytes) -> object:
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        return None
+
+
+def _model(raw: bytes | None) -> str:
+    if raw is None:
+        raise invalid('the key "model" is missing')
+    model = _decode(raw)
+    if not isinstance(model, str) or not model:
+        raise invalid('"model" has to be a string that is not empty')
+    if len(model) > MAX_MODEL_LENGTH:
+        raise invalid(f'"model" is longer than {MAX_MODEL_LENGTH} characters')
+    if _UNPRINTABLE.search(model):
+        raise invalid('"model" holds control characters')
+    return model
+
+
+def _stream(raw: bytes | None) -> bool:
+    if raw not in (None, b"true", b"false", b"null"):
+        raise invalid('"stream" has to be true or false')
+    return raw == b"true"
+
+
+def _max_tokens(values: dict[str, bytes], name: str) -> int | None:
+    raw = values.get(name)
+    if raw is None or raw == b"null":
+        return None
+    # Zero is the vendor's business: it fills a prompt cache without an answer.
+    if not raw.isdigit() or len(raw) > len(str(MAX_EXACT_INTEGER)) or int(raw) > MAX_EXACT_INTEGER:
+        raise invalid(f'"{name}" has to be a whole number, at most {MAX_EXACT_INTEGER}, not negative')
+    return int(raw)

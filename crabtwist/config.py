@@ -1,0 +1,392 @@
+"""
+The configuration file: TOML in, one frozen `Config` out, or every complaint at once.
+
+Names in the file and attributes here are the same.  Times are seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
+
+import attrs
+from attrs.validators import and_, deep_iterable
+
+from crabtwist.discovery import Makers, own_settings, pick
+from crabtwist.errors import ConfigurationError
+from crabtwist.interfaces import IExtensionMaker, IProviderMaker, IStorageMaker
+from crabtwist.keys import EVERY_MODEL, KeySettings, check_distinct
+from crabtwist.settings import (
+    ONE_IS_ENOUGH,
+    UNUSABLE,
+    Secret,
+    did_you_mean,
+    expand,
+    fault_in,
+    header_word,
+    key_path,
+    model_name,
+    not_blank,
+    not_empty,
+    not_negative,
+    positive,
+    read,
+    word,
+)
+
+
+@attrs.frozen(kw_only=True)
+class ServedModel:
+    """
+    A model that a provider serves: `name` to clients, `upstream` (the same by default) to the provider.
+
+    A plain string in the file stands for a table with only a name.
+    """
+
+    SHORTHAND: ClassVar[str] = "name"
+
+    name: str = attrs.field(validator=model_name)
+    upstream: str = attrs.field(
+        default=attrs.Factory(lambda self: self.name, takes_self=True), validator=model_name
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ProviderSettings:
+    """
+    The keys that every `[providers.NAME]` may have.
+
+    `weight` 0 means that the provider is asked only when all others failed.  `timeout` lasts from the
+    request until the response head, `idle_timeout` from one byte of the body to the next.
+    `retry_deadline` bounds all attempts of one request at this provider, `connection_wait` the wait for
+    one of `max_connections` to become free.
+    """
+
+    kind: str
+    models: tuple[ServedModel, ...] = attrs.field(validator=not_empty)
+    weight: int = attrs.field(default=1, validator=not_negative)
+    max_retries: int = attrs.field(default=2, validator=not_negative)
+    retry_deadline: float = attrs.field(default=30.0, validator=not_negative)
+    timeout: float = attrs.field(default=600.0, validator=positive)
+    connect_timeout: float = attrs.field(default=10.0, validator=positive)
+    idle_timeout: float = attrs.field(default=300.0, validator=positive)
+    max_connections: int = attrs.field(default=1000, validator=positive)
+    connection_wait: float = attrs.field(default=10.0, validator=not_negative)
+
+
+@attrs.frozen
+class ConfiguredProvider:
+    """One `[providers.NAME]`: `common` are everybody's settings, `settings` its maker's own."""
+
+    name: str
+    maker: IProviderMaker
+    common: ProviderSettings
+    settings: object
+
+
+@attrs.frozen
+class ConfiguredExtension:
+    """One `[extensions.NAME]`."""
+
+    name: str
+    maker: IExtensionMaker
+    settings: object
+
+
+@attrs.frozen
+class ConfiguredStorage:
+    """The `[storage]`."""
+
+    kind: str
+    maker: IStorageMaker
+    settings: object
+
+
+@attrs.frozen(kw_only=True)
+class GatewaySettings:
+    """
+    The keys at the top of the file.
+
+    `listen` holds endpoint strings or host:port.  `shutdown_timeout` is how long requests may go on
+    after the order to stop; `hook_timeout` how long a guard or a cache may take before it counts as
+    crashed; `client_stall_timeout` how long a client may leave its answer unread; `commit_seconds` how
+    long a stream's head waits for its first event; `ping_seconds` the silence after which a stream is
+    kept alive.  `max_answer_copy_bytes` bounds what extensions are shown of an answer (0: nothing).  After `cooldown_failures` failures in a row a
+    deployment rests for `cooldown_seconds`.  `allow_anonymous` serves everybody, and excludes keys.
+    """
+
+    listen: tuple[str, ...] = attrs.field(
+        default=("127.0.0.1:5632",),
+        validator=and_(not_empty, deep_iterable(not_blank)),
+        metadata=ONE_IS_ENOUGH,
+    )
+    admin_token: Secret | None = attrs.field(default=None, validator=header_word)
+    allow_anonymous: bool = False
+    shutdown_timeout: float = attrs.field(default=30.0, validator=not_negative)
+    hook_timeout: float = attrs.field(default=10.0, validator=positive)
+    client_stall_timeout: float = attrs.field(default=300.0, validator=positive)
+    commit_seconds: float = attrs.field(default=10.0, validator=not_negative)
+    ping_seconds: float = attrs.field(default=15.0, validator=positive)
+    max_body_bytes: int = attrs.field(default=33554432, validator=positive)
+    max_head_bytes: int = attrs.field(default=32768, validator=positive)
+    head_timeout: float = attrs.field(default=15.0, validator=positive)
+    body_timeout: float = attrs.field(default=120.0, validator=positive)
+    keep_alive_timeout: float = attrs.field(default=75.0, validator=positive)
+    max_json_depth: int = attrs.field(default=64, validator=positive)
+    max_event_bytes: int = attrs.field(default=1048576, validator=positive)
+    max_answer_copy_bytes: int = attrs.field(default=1048576, validator=not_negative)
+    cooldown_failures: int = attrs.field(default=3, validator=positive)
+    cooldown_seconds: float = attrs.field(default=30.0, validator=not_negative)
+    inject_stream_usage: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Config(GatewaySettings):
+    """
+    A whole configuration, checked; comparable, and safe to print.
+
+    Providers, keys and extensions are in the order of the file.
+    """
+
+    providers: tuple[ConfiguredProvider, ...]
+    keys: tuple[KeySettings, ...]
+    aliases: Mapping[str, str]
+    extensions: tuple[ConfiguredExtension, ...]
+    storage: ConfiguredStorage
+
+
+@attrs.frozen
+class _Models:
+    models: tuple[ServedModel, ...]
+
+
+_SECTIONS = ("providers", "keys", "aliases", "extensions", "storage")
+_COMMON = frozenset(field.name for field in attrs.fields(ProviderSettings))
+
+
+def load(path: str | os.PathLike[str], environ: Mapping[str, str], makers: Makers) -> Config:
+    """
+    Return the configuration in the file at `path`, its `${VAR}` filled from `environ`.
+
+    Makers' settings classes are imported, nothing is made.  Raises `ConfigurationError` with everything
+    that is wrong: one complaint if the file cannot be read or is not TOML, else one for each fault.
+    """
+    complaints: list[str] = []
+    try:
+        document = expand(tomllib.loads(_text(path)), environ, "", complaints)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError([f"{path}: is not valid TOML: {error}"]) from error
+    assert isinstance(document, dict)
+    config = _read_document(document, makers, complaints)
+    if config is None or complaints:
+        raise ConfigurationError(complaints)
+    return config
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    try:
+        # An editor's byte order mark is no part of the text.
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError([f"{path}: cannot be read: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError([f"{path}: line {line} is not UTF-8; save the file as UTF-8"]) from error
+
+
+def _read_document(document: dict[str, object], makers: Makers, complaints: list[str]) -> Config | None:
+    rest = {key: value for key, value in document.items() if key not in _SECTIONS}
+    gateway = read(GatewaySettings, rest, "", complaints, elsewhere=_SECTIONS)
+    providers = _providers(document, makers, complaints)
+    keys = _keys(document, complaints)
+    aliases = _aliases(document, complaints)
+    extensions = _extensions(document, makers, complaints)
+    storage = _storage(document, makers, complaints)
+    served = _served(document)
+    if served is not None:
+        _check_aliases(aliases, served, complaints)
+        _check_models_of_keys(keys, served | aliases.keys(), complaints)
+    check_distinct(keys, complaints)
+    if gateway is not None:
+        _check_access(gateway, keys, complaints, any_keys=bool(document.get("keys")))
+    if complaints or gateway is None or storage is None:
+        return None
+    return Config(
+        **attrs.asdict(gateway, recurse=False),
+        providers=tuple(providers),
+        keys=tuple(keys.values()),
+        aliases=MappingProxyType(aliases),
+        extensions=tuple(extensions),
+        storage=storage,
+    )
+
+
+# --- sections ----------------------------------------------------------------------------------------
+
+
+def _table(document: dict[str, object], section: str, complaints: list[str]) -> dict[str, object]:
+    table = document.get(section, {})
+    if isinstance(table, dict):
+        return table
+    complaints.append(f"{section}: must be a table; begin it with [{section}]")
+    return {}
+
+
+def _tables(document: dict[str, object], section: str, complaints: list[str]) -> dict[str, dict[str, object]]:
+    found = {}
+    for name, table in _table(document, section, complaints).items():
+        where = key_path(section, name)
+        fault = fault_in(word, name)
+        if fault:
+            complaints.append(f"{where}: the name {fault}")
+        elif isinstance(table, dict):
+            found[name] = table
+        elif table is not UNUSABLE:
+            complaints.append(f"{where}: must be a table; begin it with [{where}]")
+    return found
+
+
+def _keys(document: dict[str, object], complaints: list[str]) -> dict[str, KeySettings]:
+    """Return the keys that can be read, by their paths."""
+    tables = document.get("keys", [])
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        complaints.append("keys: must be an array of tables; begin each with [[keys]]")
+        return {}
+    read_ones = {f"keys[{i}]": read(KeySettings, t, f"keys[{i}]", complaints) for i, t in enumerate(tables)}
+    return {where: key for where, key in read_ones.items() if key is not None}
+
+
+def _aliases(document: dict[str, object], complaints: list[str]) -> dict[str, str]:
+    found = {}
+    for name, target in _table(document, "aliases", complaints).items():
+        where = key_path("aliases", name)
+        fault = fault_in(model_name, name)
+        if fault or name == EVERY_MODEL:
+            complaints.append(f"{where}: the name {fault or 'means all models'}")
+        elif isinstance(target, str):
+            found[name] = target
+        elif target is not UNUSABLE:
+            complaints.append(f"{where}: must be a string, the name of a model that a provider serves")
+    return found
+
+
+def _providers(
+    document: dict[str, object], makers: Makers, complaints: list[str]
+) -> list[ConfiguredProvider]:
+    if document.get("providers", {}) == {}:
+        complaints.append("providers: there are none; add at least one [providers.NAME]")
+    tables = _tables(document, "providers", complaints)
+    found = [_provider(name, table, makers, complaints) for name, table in tables.items()]
+    return [provider for provider in found if provider is not None]
+
+
+def _provider(
+    name: str, table: dict[str, object], makers: Makers, complaints: list[str]
+) -> ConfiguredProvider | None:
+    where = key_path("providers", name)
+    common_table = {"kind": name, **{key: value for key, value in table.items() if key in _COMMON}}
+    common = read(ProviderSettings, common_table, where, complaints)
+    if common is not None:
+        _check_models(common.models, f"{where}.models", complaints)
+    maker = pick(makers.providers, common_table["kind"], "provider kind", f"{where}.kind", makers, complaints)
+    if maker is None:
+        return None
+    own_table = {key: value for key, value in table.items() if key not in _COMMON}
+    settings = own_settings(maker, own_table, where, complaints, _COMMON)
+    if common is None or settings is None:
+        return None
+    return ConfiguredProvider(name, maker, common, settings)
+
+
+def _check_models(models: Iterable[ServedModel], where: str, complaints: list[str]) -> None:
+    seen: dict[str, int] = {}
+    for index, model in enumerate(models):
+        first = seen.setdefault(model.name, index)
+        if first != index:
+            complaints.append(f'{where}[{index}]: "{model.name}" is in the list already, at [{first}]')
+        if model.name == EVERY_MODEL:
+            complaints.append(f'{where}[{index}]: no model can be called "*", which means all models')
+
+
+def _extensions(
+    document: dict[str, object], makers: Makers, complaints: list[str]
+) -> list[ConfiguredExtension]:
+    found = []
+    for name, table in _tables(document, "extensions", complaints).items():
+        where = key_path("extensions", name)
+        maker = pick(makers.extensions, name, "extension", where, makers, complaints)
+        if maker is not None:
+            settings = own_settings(maker, table, where, complaints, ())
+            found += [] if settings is None else [ConfiguredExtension(name, maker, settings)]
+    return found
+
+
+def _storage(document: dict[str, object], makers: Makers, complaints: list[str]) -> ConfiguredStorage | None:
+    table = dict(_table(document, "storage", complaints))
+    kind = table.pop("kind", "memory")
+    if not isinstance(kind, str) and kind is not UNUSABLE:
+        complaints.append("storage.kind: must be a string")
+    maker = pick(makers.storages, kind, "storage kind", "storage.kind", makers, complaints)
+    if maker is None:
+        return None
+    settings = own_settings(maker, table, "storage", complaints, ("kind",))
+    return None if settings is None else ConfiguredStorage(str(kind), maker, settings)
+
+
+# --- what must agree ---------------------------------------------------------------------------------
+
+
+def _served(document: dict[str, object]) -> set[str] | None:
+    """Return the names of all models served, None if some cannot be read (and are complained of)."""
+    ignored: list[str] = []
+    tables = _tables(document, "providers", ignored)
+    models = [read(_Models, {"models": table.get("models")}, "", ignored) for table in tables.values()]
+    return None if ignored or None in models else {m.name for each in models if each for m in each.models}
+
+
+def _check_aliases(aliases: dict[str, str], served: set[str], complaints: list[str]) -> None:
+    for alias, target in aliases.items():
+        where = key_path("aliases", alias)
+        if alias in served:
+            complaints.append(
+                f"{where}: a provider serves a model of that name; call the alias something else"
+            )
+        if target == alias:
+            complaints.append(f"{where}: names itself; name a model that a provider serves")
+        elif target in aliases:
+            complaints.append(
+                f'{where}: "{target}" is an alias too, and aliases are not followed further;'
+                " name a model that a provider serves"
+            )
+        elif target not in served:
+            complaints.append(f'{where}: no provider serves "{target}"{did_you_mean(target, served)}')
+
+
+def _check_models_of_keys(keys: dict[str, KeySettings], known: set[str], complaints: list[str]) -> None:
+    for where, key in keys.items():
+        complaints.extend(
+            f'{where}.models[{index}]: there is no model or alias "{name}"{did_you_mean(name, known)}'
+            for index, name in enumerate(key.models)
+            if name != EVERY_MODEL and name not in known
+        )
+
+
+def _check_access(
+    gateway: GatewaySettings, keys: dict[str, KeySettings], complaints: list[str], *, any_keys: bool
+) -> None:
+    if any_keys and gateway.allow_anonymous:
+        complaints.append("allow_anonymous: would let everybody past the keys; remove it, or all [[keys]]")
+    if not (any_keys or gateway.allow_anonymous):
+        complaints.append(
+            "keys: there are none, so nobody could be served; add [[keys]] with a name and a key,"
+            " or set allow_anonymous = true to serve everybody who can connect"
+        )
+    complaints.extend(
+        f"{where}.key: is the same as admin_token; generate another"
+        for where, key in keys.items()
+        if key.key == gateway.admin_token
+    )

@@ -1,0 +1,118 @@
+"""A client's request, as the place where its answer goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.interfaces import IReactorTime
+
+from crabtwist.dialects.base import Dialect
+from crabtwist.errors import Refusal
+from crabtwist.values import Answer, Headers
+
+#: Fields that the gateway adds to every answer.
+REQUEST_ID = b"x-crabtwist-request-id"
+FIDELITY = b"x-crabtwist-fidelity"
+ERROR = b"x-crabtwist-error"
+
+
+class Downstream:
+    """
+    One client's answer.
+
+    Wraps a `twisted.web` request; every guard that writing to one needs is here and nowhere else: after
+    the client left, nothing does harm.  `status` is what the client was sent, None before.
+    `first_byte_at` is on the given clock.
+    """
+
+    def __init__(self, request: Any, clock: IReactorTime, request_id: str) -> None:
+        self.status: int | None = None
+        self.bytes_out = 0
+        self.first_byte_at: float | None = None
+        self._request = request
+        self._clock = clock
+        self._request_id = request_id
+        self._braked = False
+        self._gone = False
+        self._ended = False
+        request.notifyFinish().addErrback(self._left)
+
+    def _left(self, _reason: object) -> None:
+        self._gone = self._ended = True
+
+    @property
+    def open(self) -> bool:
+        """Whether the client is there and its answer has not ended."""
+        return not self._ended
+
+    def start(self, status: int, fields: Headers, length: int | None = None) -> None:
+        """Say the head; without a length the body is chunked.  Once."""
+        self.status = status
+        self._request.setResponseCode(status)
+        headers = self._request.responseHeaders
+        # The answer's own Server and Date, if it has them, replace Twisted's.
+        for name in {name.lower() for name, _ in fields}:
+            headers.removeHeader(name)
+        for name, value in fields:
+            headers.addRawHeader(name, value)
+        headers.setRawHeaders(REQUEST_ID, [self._request_id.encode()])
+        if length is not None:
+            headers.setRawHeaders(b"content-length", [str(length).encode()])
+
+    def flush_head(self) -> None:
+        """Send the head now, before any body is there."""
+        if self.open:
+            self._request.write(b"")
+
+    def write(self, data: bytes) -> None:
+        """Send some of the body."""
+        if self._ended or not data:
+            return
+        if self.first_byte_at is None:
+            self.first_byte_at = self._clock.seconds()
+        self.bytes_out += len(data)
+        self._request.write(data)
+
+    def finish(self) -> None:
+        """End the answer as a whole one."""
+        if not self._ended:
+            self._ended = True
+            self._request.finish()
+
+    def abort(self) -> None:
+        """End the connection so that the answer cannot be taken for a whole one."""
+        if not self._ended:
+            self._ended = True
+            self._request.channel.abort()
+
+    def brake(self, producer: object) -> None:
+        """Let the client's connection pause, resume and stop `producer` (an `IPushProducer`)."""
+        if self.open:
+            self._braked = True
+            self._request.registerProducer(producer, streaming=True)
+
+    def release(self) -> None:
+        """Let the producer go."""
+        if self._braked and not self._gone:
+            self._request.unregisterProducer()
+        self._braked = False
+
+    def answer(self, answer: Answer) -> None:
+        """Send a whole answer."""
+        self.start(answer.status, answer.headers, len(answer.body))
+        self.flush_head()
+        self.write(answer.body)
+        self.finish()
+
+
+def refusal_answer(refusal: Refusal, dialect: Dialect, request_id: str) -> Answer:
+    """Put a refusal into the words of the caller's dialect."""
+    return Answer(
+        status=refusal.status,
+        headers=(
+            (b"content-type", b"application/json"),
+            (ERROR, refusal.slug.encode()),
+            *((name.encode(), value.encode()) for name, value in refusal.headers.items()),
+        ),
+        body=dialect.error_body(refusal.status, refusal.type, refusal.slug, refusal.message, request_id),
+    )

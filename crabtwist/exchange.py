@@ -1,0 +1,362 @@
+"""
+One request's life, top to bottom.
+
+Read, guard, look in the cache, ask the deployments, relay, settle: `run` tells it in that order, and
+whatever happens on the way, `_settle` is its last line.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from crabtwist import body as bodies
+from crabtwist import values
+from crabtwist.attempt import Attempt, Patience, Reply
+from crabtwist.dialects.operations import Operation
+from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
+from crabtwist.errors import Refusal, UpstreamError
+from crabtwist.headers import upward
+from crabtwist.health import Health
+from crabtwist.hooks import Hooks
+from crabtwist.keys import VirtualKey, allows
+from crabtwist.metrics import Metrics
+from crabtwist.plain_relay import PlainRelay
+from crabtwist.relay import CLIENT_LEFT, End
+from crabtwist.retry import delay_before_retry
+from crabtwist.routing import Deployment, Registry, order
+from crabtwist.values import Answer, Call, Context, EndedBy, Outcome, Usage
+
+_log = Logger()
+
+
+class Surroundings(Protocol):
+    """What an exchange needs of the gateway."""
+
+    clock: IReactorTime
+    random: Any
+    hooks: Hooks
+    health: Health
+    metrics: Metrics
+    patience: Patience
+    max_json_depth: int
+    inject_stream_usage: bool
+
+
+class ShuttingDown(UpstreamError):
+    """The gateway is being stopped, and the answer took longer than it may."""
+
+    slug = "shutting_down"
+    status = 503
+    final = True
+
+
+class Exchange:
+    """
+    One request, its attempts, its answer and its outcome.
+
+    `request` is the client's (`crabtwist.channel.GatewayRequest`), its body read; `principal` its key.
+    `registry` is read once, here, so a reload in the middle changes nothing for it.
+    """
+
+    def __init__(
+        self,
+        gateway: Surroundings,
+        registry: Registry,
+        operation: Operation,
+        request: Any,
+        principal: VirtualKey | None,
+        request_id: str,
+    ) -> None:
+        self.context = Context(
+            request_id=request_id,
+            operation=operation.name,
+            dialect=operation.dialect.name,
+            model_asked="",
+            model="",
+            principal=principal.name if principal else None,
+            stream=False,
+            started_at=gateway.clock.seconds(),
+        )
+        self.outcome: Outcome | None = None
+        self.model_known = False
+        self._gateway = gateway
+        self.registry = registry
+        self._operation = operation
+        self._request = request
+        self._principal = principal
+        self._client = Downstream(request, gateway.clock, request_id)
+        self._attempts: list[values.Attempt] = []
+        self._reply: Reply | None = None
+        self._usage: Usage | None = None
+        self._model_answered: str | None = None
+        self._cache_hit = False
+        self._interrupted: ShuttingDown | None = None
+        self._running: Deferred[None] | None = None
+
+    def start(self) -> Deferred[None]:
+        """
+        Run it.
+
+        The Deferred fires when it has ended, and never fails; cancelling it is the client leaving.
+        """
+        self._running = Deferred.fromCoroutine(self.run())
+        return self._running
+
+    def interrupt(self, message: str) -> None:
+        """End it now, telling the client why."""
+        self._interrupted = ShuttingDown(message)
+        if self._reply is not None:
+            self._reply.relay.interrupt(self._interrupted)
+        elif self._running is not None:
+            self._running.cancel()
+
+    async def run(self) -> None:
+        """Tell the whole story."""
+        ended_by: EndedBy = "gateway"
+        reason, message = "complete", None
+        try:
+            candidates = self._read()
+            await self._gateway.hooks.request(self.context)
+            answer = await self._gateway.hooks.cached(self.context, self._request.body)
+            if answer is not None:
+                self._cache_hit = True
+                self._client.answer(answer)
+            else:
+                ended_by, reason, message = await self._ask_and_relay(candidates)
+        except Refusal as refusal:
+            self._refuse(refusal)
+            reason, message = refusal.slug, refusal.message
+        except UpstreamError as error:
+            self._give_up(error)
+            ended_by, reason, message = "upstream", error.slug, error.message
+        except CancelledError:
+            ended_by, reason, message = self._cancelled()
+        except Exception as error:
+            _log.failure("request {request_id} failed", request_id=self.context.request_id)
+            self._crashed()
+            reason, message = "internal_error", type(error).__name__
+        finally:
+            self._settle(ended_by, reason, message)
+
+    # Reading.
+
+    def _read(self) -> list[Deployment]:
+        """Learn what is asked for, and who could answer; raises `Refusal`."""
+        self._body = bodies.read(self._request.body, self._gateway.max_json_depth)
+        context = self.context
+        context.model_asked = self._body.model
+        context.model = self.registry.resolve(self._body.model)
+        context.stream = self._body.stream and self._operation.streams
+        context.max_tokens = self._body.max_tokens
+        self.model_known = context.model in self.registry.models
+        candidates = self.registry.candidates(context.model_asked, self._operation)
+        if self._principal is not None and not allows(self._principal, context.model_asked, context.model):
+            raise Refusal(
+                403,
+                "model_not_allowed",
+                f"key {self._principal.name!r} may not use model {context.model_asked!r}",
+            )
+        return candidates
+
+    # Asking.
+
+    async def _ask_and_relay(self, candidates: list[Deployment]) -> tuple[EndedBy, str, str | None]:
+        gateway = self._gateway
+        deployments = order(candidates, gateway.random, gateway.health, gateway.clock.seconds())
+        best: UpstreamError | None = None
+        for index, deployment in enumerate(deployments):
+            try:
+                return await self._relay(await self._ask(deployment))
+            except UpstreamError as error:
+                # The upstream's own answer tells a client more than the gateway's words about another.
+                best = error if best is None or error.answer is not None or best.answer is None else best
+                if error.final or index + 1 == len(deployments):
+                    raise best from error
+                gateway.metrics.fell_back(deployment.provider.name, error.slug)
+        raise AssertionError("the registry gave no candidates")
+
+    async def _ask(self, deployment: Deployment) -> Reply:
+        """Ask one deployment, again where that may help."""
+        gateway, first_asked_at, tries = self._gateway, self._gateway.clock.seconds(), 0
+        while True:
+            tries += 1
+            try:
+                return await self._attempt(deployment)
+            except UpstreamError as error:
+                now = gateway.clock.seconds()
+                gateway.health.failed(deployment.name, now, error.retry_after_seconds)
+                gateway.hooks.failed(self.context, error)
+                delay = delay_before_retry(deployment, tries, now - first_asked_at, error, gateway.random)
+                if delay is None or error.final:
+                    raise
+                gateway.metrics.retried(deployment.provider.name, error.slug)
+                await deferLater(gateway.clock, delay)
+
+    async def _attempt(self, deployment: Deployment) -> Reply:
+        gateway, context = self._gateway, self.context
+        context.provider, context.upstream_model = deployment.provider.name, deployment.upstream_model
+        asks_for_usage, call = self._call(deployment)
+        attempt = Attempt(
+            context,
+            self._operation,
+            deployment,
+            gateway.clock,
+            gateway.patience,
+            gateway.hooks,
+            hide_usage=asks_for_usage,
+        )
+        began_at, error = gateway.clock.seconds(), None
+        try:
+            reply = await attempt.reply(call)
+        except UpstreamError as failure:
+            error = failure.slug
+            raise
+        except CancelledError:
+            error = "cancelled"
+            raise
+        finally:
+            self._note_attempt(attempt, began_at, error)
+        gateway.health.succeeded(deployment.name)
+        return reply
+
+    def _call(self, deployment: Deployment) -> tuple[bool, Call]:
+        """Return whether usage is asked for in the client's place, and what to send."""
+        edits = self._body.renaming(deployment.upstream_model)
+        usage_edits: list[bodies.Edit] = []
+        if self.context.stream and self._gateway.inject_stream_usage:
+            usage_edits = self._operation.dialect.ask_for_usage(self._body)
+        data = bodies.splice(self._body.data, [*edits, *usage_edits])
+        self._fidelity = b"verbatim" if data is self._body.data else b"spliced"
+        _, _, query = self._request.uri.partition(b"?")
+        call = Call(
+            operation=self._operation.name,
+            dialect=self._operation.dialect.name,
+            model=deployment.upstream_model,
+            stream=self.context.stream,
+            query=query,
+            headers=self._upward_fields(),
+            body=data,
+        )
+        return bool(usage_edits), call
+
+    def _upward_fields(self) -> values.Headers:
+        headers = self._request.requestHeaders.getAllRawHeaders()
+        return upward((name, value) for name, several in headers for value in several)
+
+    def _note_attempt(self, attempt: Attempt, began_at: float, error: str | None) -> None:
+        now = self._gateway.clock.seconds()
+        self._attempts.append(
+            values.Attempt(
+                provider=self.context.provider,
+                model=self.context.upstream_model,
+                status=attempt.status,
+                error=error,
+                started_after_seconds=began_at - self.context.started_at,
+                duration_seconds=now - began_at,
+            )
+        )
+        self._usage = attempt.reader.usage
+
+    # Relaying.
+
+    async def _relay(self, reply: Reply) -> tuple[EndedBy, str, str | None]:
+        self._reply = reply
+        relay = reply.relay
+        length = relay.length if isinstance(relay, PlainRelay) else None
+        self._client.start(reply.status, (*reply.headers, (FIDELITY, self._fidelity)), length)
+        self._client.flush_head()
+        relay.flow(self._client)
+        if reply.streamed:
+            self._gateway.metrics.open_streams.inc()
+        try:
+            end = relay.end or await relay.done
+        except CancelledError:
+            relay.stop()
+            end = CLIENT_LEFT
+        finally:
+            if reply.streamed:
+                self._gateway.metrics.open_streams.dec()
+        return self._relayed(reply, end)
+
+    def _relayed(self, reply: Reply, end: End) -> tuple[EndedBy, str, str | None]:
+        self._model_answered = reply.reader.model
+        self._usage = reply.reader.usage
+        if end.error is not None:
+            self._gateway.hooks.failed(self.context, end.error)
+            return end.ended_by, end.reason, end.error.message
+        if end.reason == "complete" and reply.status >= 400:
+            return "upstream", "upstream_status", None
+        if end.reason == "complete":
+            self._show_answer(reply)
+        return end.ended_by, end.reason, None
+
+    def _show_answer(self, reply: Reply) -> None:
+        relay = reply.relay
+        if isinstance(relay, PlainRelay) and relay.copy is not None and self._gateway.hooks.want_answers:
+            answer = Answer(reply.status, reply.headers, relay.copy)
+            self._gateway.hooks.responded(self.context, self._request.body, answer)
+
+    # Ending otherwise.
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._gateway.metrics.refused(refusal.slug)
+        self._client.answer(refusal_answer(refusal, self._operation.dialect, self.context.request_id))
+
+    def _give_up(self, error: UpstreamError) -> None:
+        if error.answer is not None:
+            answer = error.answer
+            self._client.answer(Answer(answer.status, answer.headers, answer.body))
+        else:
+            refusal = Refusal(error.status, error.slug, error.message)
+            self._client.answer(refusal_answer(refusal, self._operation.dialect, self.context.request_id))
+
+    def _cancelled(self) -> tuple[EndedBy, str, str | None]:
+        if self._interrupted is None:
+            return "client", "client_left", None
+        refusal = Refusal(
+            503, self._interrupted.slug, self._interrupted.message, headers={"retry-after": "1"}
+        )
+        self._refuse(refusal)
+        return "gateway", refusal.slug, refusal.message
+
+    def _crashed(self) -> None:
+        """Say that the fault is the gateway's own: properly if nothing was said yet, else by a cut."""
+        if self._reply is not None:
+            self._reply.relay.stop()
+        if self._client.status is None:
+            refusal = Refusal(500, "internal_error", "the gateway failed; its log says why")
+            self._refuse(refusal)
+        else:
+            self._client.abort()
+
+    # Settling.
+
+    def _settle(self, ended_by: EndedBy, reason: str, message: str | None) -> None:
+        started_at, now = self.context.started_at, self._gateway.clock.seconds()
+        first_byte_at = self._client.first_byte_at
+        self.outcome = Outcome(
+            status=self._status(reason),
+            ended_by=ended_by,
+            reason=reason,
+            message=message,
+            usage=None if self._cache_hit else self._usage,
+            attempts=tuple(self._attempts),
+            model_answered=self._model_answered,
+            first_byte_seconds=None if first_byte_at is None else first_byte_at - started_at,
+            duration_seconds=now - started_at,
+            bytes_in=len(self._request.body),
+            bytes_out=self._client.bytes_out,
+            cache_hit=self._cache_hit,
+        )
+
+    def _status(self, reason: str) -> int:
+        if reason == "client_left" or self._client.status is None:
+            return 499
+        relay = self._reply.relay if self._reply is not None else None
+        whole = relay is None or (relay.end is not None and relay.end.reason == "complete")
+        return self._client.status if whole else 0

@@ -1,0 +1,100 @@
+"""What one reading of the configuration makes: providers, and who may ask them for what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from twisted.application.service import IService
+from twisted.internet.defer import DeferredList, maybeDeferred
+from zope.interface import implementer
+
+from crabtwist.config import Config, ConfiguredProvider, ProviderSettings
+from crabtwist.interfaces import IServices
+from crabtwist.keys import KeyRing
+from crabtwist.metrics import Metrics
+from crabtwist.routing import Deployment, Registry
+from crabtwist.upstream import ConnectionLimits, UpstreamAgent
+
+
+@implementer(IServices)
+@attrs.define
+class Services:
+    """What the gateway lends to one plugin; remembers the agents, so as to close them."""
+
+    clock: Any
+    limits: ConnectionLimits = attrs.field(factory=ConnectionLimits)
+    on_stale_retry: Callable[[], object] | None = None
+    agents: list[UpstreamAgent] = attrs.field(factory=list)
+
+    def agent(self, *, ca_file: str | None = None) -> UpstreamAgent:
+        """Return a new agent with the bounds of the configuration."""
+        agent = UpstreamAgent(self.clock, self.limits, ca_file=ca_file, on_stale_retry=self.on_stale_retry)
+        self.agents.append(agent)
+        return agent
+
+
+class Generation:
+    """
+    One configuration's providers, registry and keys.
+
+    Made without side effects; `start` and `stop` do for those providers that are services.  Raises
+    `ConfigurationError` if a provider cannot be made.
+    """
+
+    def __init__(self, config: Config, reactor: Any, metrics: Metrics) -> None:
+        self._services: list[Services] = []
+        self._providers: list[Any] = []
+        deployments = []
+        for configured in config.providers:
+            provider = self._make(configured, reactor, metrics)
+            self._providers.append(provider)
+            deployments += _deployments(provider, configured.common)
+        self.registry = Registry(deployments, config.aliases)
+        self.keys = None if config.allow_anonymous else KeyRing(config.keys)
+
+    def _make(self, configured: ConfiguredProvider, reactor: Any, metrics: Metrics) -> Any:
+        services = Services(
+            clock=reactor,
+            limits=ConnectionLimits(
+                connect_timeout_seconds=configured.common.connect_timeout,
+                max_connections=configured.common.max_connections,
+                connection_wait_seconds=configured.common.connection_wait,
+            ),
+            on_stale_retry=metrics.stale_counter(configured.name),
+        )
+        self._services.append(services)
+        return configured.maker.make(configured.name, configured.settings, services)
+
+    def start(self) -> None:
+        """Start the providers that are services."""
+        for provider in self._providers:
+            if IService.providedBy(provider):
+                provider.startService()
+
+    async def stop(self) -> None:
+        """Stop them, and close every kept connection."""
+        stopping = [
+            maybeDeferred(provider.stopService)
+            for provider in self._providers
+            if IService.providedBy(provider)
+        ]
+        closing = [agent.close() for services in self._services for agent in services.agents]
+        await DeferredList([*stopping, *closing], consumeErrors=True)
+
+
+def _deployments(provider: Any, common: ProviderSettings) -> list[Deployment]:
+    return [
+        Deployment(
+            provider=provider,
+            served=model.name,
+            upstream_model=model.upstream,
+            weight=common.weight,
+            max_retries=common.max_retries,
+            retry_deadline_seconds=common.retry_deadline,
+            head_timeout_seconds=common.timeout,
+            idle_timeout_seconds=common.idle_timeout,
+        )
+        for model in common.models
+    ]

@@ -1,0 +1,73 @@
+"""
+Which header fields travel end to end.
+
+Lists are open: whatever is not named here passes, so that a vendor's new header works the day it appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from crabtwist.values import Headers
+
+#: Fields that are about one connection only (RFC 9110, 7.6.1), or that each hop makes anew.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"expect",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
+#: What a client proves itself with, here or elsewhere; none of it is the upstream's business.
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"cookie"})
+
+#: Host and length are the next hop's own; identity is asked of the upstream because a compressed stream
+#: could be neither read nor spoken into.
+_REWRITTEN_UP = frozenset({b"host", b"content-length", b"accept-encoding"})
+
+_NOT_DOWN = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"content-length"})
+
+
+def upward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return a client's fields that go to the upstream, names and order as they came."""
+    return _without(fields, HOP_BY_HOP | CREDENTIALS | _REWRITTEN_UP, own=b"x-crabtwist-")
+
+
+def downward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """
+    Return an upstream's fields that go to the client, names and order as they came.
+
+    The length is left out: whoever sends the body knows it.
+    """
+    return _without(fields, HOP_BY_HOP | _NOT_DOWN, own=b"x-crabtwist-")
+
+
+def first(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """Return the first value of a field; `name` in lower case."""
+    for each, value in fields:
+        if each.lower() == name:
+            return value
+    return None
+
+
+def _without(fields: Iterable[tuple[bytes, bytes]], unwanted: frozenset[bytes], own: bytes) -> Headers:
+    lowered = [(name.lower(), name, value) for name, value in fields]
+    named = {
+        token.strip().lower()
+        for name, _, value in lowered
+        if name == b"connection"
+        for token in value.split(b",")
+    }
+    return tuple(
+        (name, value)
+        for lower, name, value in lowered
+        if lower not in unwanted and lower not in named and not lower.startswith(own)
+    )

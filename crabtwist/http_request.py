@@ -1,0 +1,217 @@
+"""
+A request as it goes out over HTTP/1.1: names, order and spelling of its fields, byte by byte as given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, AnyStr
+
+import attrs
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.interfaces import IConsumer, IPushProducer
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IClientRequest
+from zope.interface import implementer
+
+from crabtwist import values
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_EMPTY_BODY_MEANS_SOMETHING = frozenset({b"POST", b"PUT", b"PATCH"})
+
+
+@implementer(IBodyProducer)
+class BytesBody:
+    """A request's body that is in hand, whole: it can be sent in one write, and once more."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.length = len(data)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write it all; the Deferred has fired."""
+        consumer.write(self.data)
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        """Do nothing: there is nothing to come."""
+
+    def resumeProducing(self) -> None:
+        """Do nothing: there is nothing to come."""
+
+    def stopProducing(self) -> None:
+        """Do nothing: there is nothing to come."""
+
+
+class OrderedHeaders(Headers):
+    """
+    Header fields that go out exactly as given: order, repetition and spelling.
+
+    `fields` are what is sent.  Raises ValueError for a name that is no token (RFC 9110, 5.1).
+    """
+
+    def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__()
+        self.fields: values.Headers = tuple(fields)
+        for name, value in self.fields:
+            super().addRawHeader(name, value)
+
+    def copy(self) -> OrderedHeaders:
+        """Return another with the same fields."""
+        return OrderedHeaders(self.fields)
+
+    def addRawHeader(self, name: str | bytes, value: str | bytes) -> None:
+        """Add a field at the end."""
+        super().addRawHeader(name, value)
+        self.fields += ((_encoded(name), value.encode() if isinstance(value, str) else value),)
+
+    def setRawHeaders(self, name: str | bytes, values: Sequence[str | bytes]) -> None:
+        """Replace every field of that name; the new ones stand at the end."""
+        self.removeHeader(_encoded(name))
+        for value in values:
+            self.addRawHeader(name, value)
+
+    def removeHeader(self, name: AnyStr) -> None:
+        """Remove every field of that name."""
+        super().removeHeader(name)
+        unwanted = _encoded(name).lower()
+        self.fields = tuple(field for field in self.fields if field[0].lower() != unwanted)
+
+
+def _encoded(name: str | bytes) -> bytes:
+    return name.encode("iso-8859-1") if isinstance(name, str) else name
+
+
+def _fields(headers: Headers | None) -> Iterable[tuple[bytes, bytes]]:
+    if headers is None:
+        return ()
+    if isinstance(headers, OrderedHeaders):
+        return headers.fields
+    return [(name, value) for name, values in headers.getAllRawHeaders() for value in values]
+
+
+def _framing(method: bytes, body: IBodyProducer | None) -> list[tuple[bytes, bytes]]:
+    if body is None:
+        return [(b"Content-Length", b"0")] if method in _EMPTY_BODY_MEANS_SOMETHING else []
+    if body.length == UNKNOWN_LENGTH:
+        return [(b"Transfer-Encoding", b"chunked")]
+    return [(b"Content-Length", b"%d" % body.length)]
+
+
+def render_head(
+    method: bytes, target: bytes, host: bytes, headers: Headers | None, body: IBodyProducer | None
+) -> bytes:
+    """
+    Return a request's head as it goes out.
+
+    `target` is the path and query as they stand.  `Host` is added, first, if `headers` has none; the
+    fields that frame the body are always our own.  Raises ValueError, which never holds a value, for a
+    method or name that is no token and for control characters in a value.
+    """
+    if not _TOKEN.fullmatch(method):
+        raise ValueError(f"not an HTTP method: {method!r}")
+    fields = [field for field in _fields(headers) if field[0].lower() not in _FRAMING]
+    if not any(name.lower() == b"host" for name, _ in fields):
+        fields.insert(0, (b"Host", host))
+    fields += _framing(method, body)
+    for name, value in fields:
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"not a header field's name: {name!r}")
+        if _CONTROL.search(value):
+            raise ValueError(f"a control character in the value of the header field {name.decode()}")
+    lines = [b"%b %b HTTP/1.1" % (method, target), *(b"%b: %b" % field for field in fields), b"", b""]
+    return b"\r\n".join(lines)
+
+
+@implementer(IClientRequest)
+@attrs.frozen(eq=False)
+class HTTP1Request:
+    """A request that is ready to go: `head` is what `render_head` returned."""
+
+    method: bytes
+    absoluteURI: bytes = attrs.field(repr=False)
+    headers: Headers = attrs.field(repr=False)
+    head: bytes = attrs.field(repr=False)
+    body: IBodyProducer | None = attrs.field(repr=False, default=None)
+
+    @property
+    def whole_body(self) -> bytes | None:
+        """The body, if it is all in hand (b"" if there is none), so that it can be sent again; else None."""
+        if self.body is None:
+            return b""
+        return self.body.data if isinstance(self.body, BytesBody) else None
+
+
+@implementer(IConsumer, IPushProducer)
+class Upload:
+    """Pours a body that is not in hand into a connection, and sees to it that it is as long as promised."""
+
+    def __init__(
+        self, transport: Any, producer: IBodyProducer, on_failure: Callable[[Exception], None]
+    ) -> None:
+        self.finished = False
+        self._transport = transport
+        self._producer = producer
+        self._on_failure = on_failure
+        self._stopped = False
+        self._chunked = producer.length == UNKNOWN_LENGTH
+        self._bytes_to_come = 0 if self._chunked else int(producer.length)
+
+    def start(self) -> None:
+        """Begin; `on_failure` is called if the producer fails or breaks its promise."""
+        # Registered in its place, because a transport that is lost would stop the producer a second time.
+        self._transport.registerProducer(self, streaming=True)
+        producing = maybeDeferred(self._producer.startProducing, self)
+        producing.addCallbacks(self._produced, lambda reason: self._fail(reason.value))
+
+    def write(self, data: bytes) -> None:
+        """Send some of the body."""
+        if self._stopped or not data:
+            return
+        if self._chunked:
+            self._transport.writeSequence([b"%x\r\n" % len(data), data, b"\r\n"])
+        elif len(data) > self._bytes_to_come:
+            self._fail(ValueError("the request's body is longer than it promised to be"))
+        else:
+            self._bytes_to_come -= len(data)
+            self._transport.write(data)
+
+    def _produced(self, _: object) -> None:
+        if self._stopped:
+            return
+        if self._bytes_to_come:
+            self._fail(ValueError("the request's body is shorter than it promised to be"))
+            return
+        if self._chunked:
+            self._transport.write(b"0\r\n\r\n")
+        self.finished = self._stopped = True
+        self._transport.unregisterProducer()
+
+    def _fail(self, error: Exception) -> None:
+        if not self._stopped:
+            self.stopProducing()
+            self._on_failure(error)
+
+    def registerProducer(self, producer: object, streaming: bool) -> None:  # noqa: FBT001 - IConsumer's
+        """Do nothing: this is the producer's consumer already."""
+
+    def unregisterProducer(self) -> None:
+        """Do nothing: `startProducing`'s Deferred says when."""
+
+    def pauseProducing(self) -> None:
+        """Pass on that the socket is full."""
+        self._producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Pass on that the socket is not full any more."""
+        self._producer.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """Want no more."""
+        if not self._stopped:
+            self._stopped = True
+            self._transport.unregisterProducer()
+            self._producer.stopProducing()

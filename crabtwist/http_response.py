@@ -1,0 +1,319 @@
+"""
+An upstream's HTTP/1.1 answer: bytes in, a head and a body out; no I/O.
+
+llhttp reads them at its strictest; what it lets by and a proxy must not is refused here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+import attrs
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from twisted.internet.interfaces import IProtocol, IPushProducer
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IClientRequest, IResponse
+from zope.interface import implementer
+
+from crabtwist import values
+from crabtwist.errors import ConnectionBroken
+
+log = Logger()
+
+#: The most that may go by without a byte of body: a head, interim answers, trailers, chunk extensions.
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_HEADERS: Final = 500
+
+_CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])
+
+
+class _Stop(Exception):
+    """Ends llhttp's walk through the bytes at hand; why is known already."""
+
+
+class ResponseParser:
+    """
+    Reads one answer; interim ones (1xx) before it are skipped.
+
+    After each `feed`: `head_complete`; `complete`, when the body's end was seen; `fault`, when the bytes
+    are not an answer.  `length` is the body's length in bytes or `UNKNOWN_LENGTH`; `until_close` says that
+    only the connection's end ends the body.  `reusable` says, once `complete`, that another answer may
+    follow on the connection.  `bodiless` is for HEAD, whose answers look as if a body came (RFC 9112,
+    6.3); they never leave the connection reusable.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        *,
+        bodiless: bool = False,
+        max_head_bytes: int = MAX_HEAD_BYTES,
+        max_headers: int = MAX_HEADERS,
+    ) -> None:
+        self.code = 0
+        self.phrase = b""
+        self.version = (b"HTTP", 1, 1)
+        self.raw_headers: values.Headers = ()
+        self.length: int | str = UNKNOWN_LENGTH
+        self.head_complete = self.complete = self.until_close = self.reusable = False
+        self.fault: ConnectionBroken | None = None
+        self._peer = peer
+        self._bodiless = bodiless
+        self._max_head_bytes = max_head_bytes
+        self._max_headers = max_headers
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        self._barren_bytes = self._field_bytes = 0
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> bytes:
+        """Read what came; return the body's bytes in it, also those before a fault."""
+        assert self._parser is not None, "fed after the end"
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self.reusable = False
+            if not self.complete and self.fault is None:
+                self.fault = ConnectionBroken(f"{self._peer} does not speak HTTP/1.1: {error}")
+        parts, self._parts = self._parts, []
+        self._bound(0 if parts else len(data))
+        if self.complete or self.fault is not None:
+            self._parser = None  # it knows us, we know it: a cycle for each request
+        return b"".join(parts)
+
+    def _bound(self, barren_bytes: int) -> None:
+        self._barren_bytes = self._barren_bytes + barren_bytes if barren_bytes else 0
+        if self._barren_bytes > self._max_head_bytes and not self.complete and self.fault is None:
+            self.fault = ConnectionBroken(f"{self._peer} sent over {self._max_head_bytes} bytes and no body")
+
+    def _refuse(self, what: str) -> None:
+        self.fault = ConnectionBroken(f"{self._peer} sent {what}")
+        raise _Stop
+
+    # What llhttp calls.
+
+    def on_message_begin(self) -> None:
+        """An answer begins, perhaps after an interim one."""
+        if self.complete:
+            raise _Stop
+        self.phrase, self._fields, self._field_bytes = b"", [], 0
+
+    def on_status(self, phrase: bytes) -> None:
+        """Some of the reason phrase."""
+        self.phrase += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One field of the head, or a trailer."""
+        if self.head_complete:
+            return  # a trailer
+        self._field_bytes += len(name) + len(value) + len(b": \r\n")
+        if len(self._fields) == self._max_headers or self._field_bytes > self._max_head_bytes:
+            self._refuse("too large a head")
+        self._fields.append((name, value.rstrip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        """A head is whole."""
+        assert self._parser is not None
+        self.code = self._parser.get_status_code()
+        version = self._parser.get_http_version()
+        if version not in ("1.0", "1.1") or self.code < 100:
+            self._refuse("an answer that is not HTTP/1.1")
+        if self.phrase.translate(None, _CONTROLS) != self.phrase:
+            self._refuse("control characters in its head")
+        if self.code == 101:
+            self._refuse("a change of protocol that nobody asked for")
+        if self.code < 200:
+            return
+        self.version = (b"HTTP", 1, int(version[-1]))
+        self.raw_headers = tuple(self._fields)
+        self._frame()
+        self._barren_bytes = 0
+        self.reusable = self._parser.should_keep_alive() and not self._bodiless
+        self.complete = self._bodiless
+        self.head_complete = True
+
+    def _frame(self) -> None:
+        framing = {name.lower(): value for name, value in self.raw_headers}
+        coding = framing.get(b"transfer-encoding")
+        if coding is not None and coding.lower() != b"chunked":
+            self._refuse("a body in a transfer coding that nobody asked for")
+        if self._bodiless or self.code in (204, 304):
+            self.length = 0
+        elif coding is None:
+            self.length = int(framing.get(b"content-length", -1))
+            if self.length < 0:
+                self.length, self.until_close = UNKNOWN_LENGTH, True
+
+    def on_body(self, data: bytes) -> None:
+        """Some of the body."""
+        if self.complete:
+            raise _Stop
+        if not self.head_complete:
+            self._refuse("a body with an interim answer")
+        self._parts.append(data)
+
+    def on_message_complete(self) -> None:
+        """An answer is whole."""
+        self.complete = self.head_complete
+
+
+class Source(Protocol):
+    """The connection that an answer comes from, as far as its body needs it."""
+
+    def pause(self) -> None:
+        """Read nothing more from the socket."""
+
+    def resume(self) -> None:
+        """Read again."""
+
+    def abort(self) -> None:
+        """Close it at once; the body's end is told later, with why."""
+
+
+@implementer(IPushProducer)
+class ResponseBody:
+    """
+    One answer's body on its way to one reader, and the reader's transport.
+
+    What comes while nobody listens, or after a pause, is kept: at most one read's worth, since the
+    source is paused.  The end is told once, after the last byte.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.reader: IProtocol | None = None
+        self._source: Source | None = source
+        self._held: list[bytes] = []
+        self._end: Exception | None = None
+        self._attached = self._paused = self._stopped = self._told = self._busy = False
+
+    def attach(self, reader: IProtocol) -> None:
+        """Begin to deliver.  Raises RuntimeError if there is a reader already."""
+        if self._attached:
+            raise RuntimeError("the body has a reader already")
+        self._attached = True
+        self.reader = reader
+        self._busy = True  # nothing is delivered from inside `makeConnection`
+        self._guard(reader.makeConnection, self)
+        self._busy = False
+        self._flow()
+
+    def receive(self, data: bytes) -> None:
+        """Take some of the body from the source."""
+        if not self._stopped:
+            self._held.append(data)
+            self._deliver()
+
+    def detach(self) -> None:
+        """Let the source go: it has seen the end."""
+        self._source = None
+
+    def finish(self, reason: Exception) -> None:
+        """Tell the end, once everything before it is delivered."""
+        self._source = None
+        if self._end is None:
+            self._end = reason
+        self._deliver()
+
+    def pauseProducing(self) -> None:
+        """Deliver nothing more until `resumeProducing`."""
+        self._paused = True
+        if self._source is not None:
+            self._source.pause()
+
+    def resumeProducing(self) -> None:
+        """Deliver again."""
+        self._paused = False
+        self._flow()
+
+    def stopProducing(self) -> None:
+        """Close the connection at once, whatever is under way; the end follows."""
+        if self._held and self._end is not None:
+            self._end = ConnectionBroken("given up before its whole body was read")
+        self._held.clear()
+        self._stopped = True
+        self._paused = False
+        if self._source is not None:
+            self._source.abort()
+        self._deliver()
+
+    def loseConnection(self) -> None:
+        """The same as `stopProducing`: half an answer cannot be ended gracefully."""
+        self.stopProducing()
+
+    def abortConnection(self) -> None:
+        """The same as `stopProducing`."""
+        self.stopProducing()
+
+    def _flow(self) -> None:
+        self._deliver()
+        if not self._paused and self._source is not None:
+            self._source.resume()
+
+    def _deliver(self) -> None:
+        # A reader may pause, resume or stop from inside its own `dataReceived`.
+        if self._busy or self.reader is None:
+            return
+        self._busy = True
+        while self._held and not self._paused:
+            data = b"".join(self._held)
+            self._held.clear()
+            self._guard(self.reader.dataReceived, data)
+        self._busy = False
+        if self._end is not None and not self._paused and not self._told:
+            self._told = True
+            reader, self.reader = self.reader, None  # it knows us, we know it: a cycle for each request
+            self._guard(reader.connectionLost, Failure(self._end))
+
+    def _guard(self, call: Any, argument: object) -> None:
+        try:
+            call(argument)
+        except Exception:
+            log.failure("a body's reader failed")
+            if not self._told:
+                self._end = ConnectionBroken("the body's reader failed")
+                self.stopProducing()
+
+
+@implementer(IResponse)
+@attrs.define(eq=False)
+class HTTP1Response:
+    """
+    An answer whose head has come.
+
+    `raw_headers` are its fields in wire order with names as they were written; `headers` the same for
+    those who look fields up.  `length` is in bytes, or `UNKNOWN_LENGTH`.
+    """
+
+    version: tuple[bytes, int, int]
+    code: int
+    phrase: bytes
+    raw_headers: values.Headers = attrs.field(repr=False)
+    length: int | str
+    request: IClientRequest = attrs.field(repr=False)
+    body: ResponseBody = attrs.field(repr=False)
+    previousResponse: IResponse | None = attrs.field(repr=False, default=None)
+    _headers: Headers | None = attrs.field(repr=False, default=None, init=False)
+
+    @property
+    def headers(self) -> Headers:
+        """The fields by name; made when first asked for."""
+        if self._headers is None:
+            self._headers = Headers()
+            for name, value in self.raw_headers:
+                self._headers.addRawHeader(name, value)
+        return self._headers
+
+    def deliverBody(self, protocol: IProtocol) -> None:
+        """
+        Give the body to `protocol`, whose transport is an `IPushProducer` that can also be aborted.
+
+        It loses its connection for `ResponseDone` (whole), `PotentialDataLoss` (it ended with the
+        connection, as announced) or `crabtwist.errors.ConnectionBroken`.
+        """
+        self.body.attach(protocol)
+
+    def setPreviousResponse(self, response: IResponse) -> None:
+        """Remember the redirect that led here."""
+        self.previousResponse = response

@@ -1,0 +1,215 @@
+"""
+One running gateway: what is started, in which order, reloaded, and brought to an end.
+
+Starting: storage, extensions, providers, and only then the ports.  Stopping: `/ready` turns red and new
+work is refused, what runs may finish within `shutdown_timeout`, what then still runs is told so and
+ended, and last the connections, the ports and the rest are closed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.application.service import IService, Service
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from crabtwist.attempt import Patience
+from crabtwist.channel import HTTPLimits
+from crabtwist.config import Config
+from crabtwist.dialects.operations import dialect_of
+from crabtwist.downstream import ERROR, REQUEST_ID
+from crabtwist.errors import ConfigurationError
+from crabtwist.gateway import Gateway, new_request_id
+from crabtwist.generation import Generation, Services
+from crabtwist.health import Health
+from crabtwist.hooks import Hooks
+from crabtwist.listener import GatewayFactory, Listener
+from crabtwist.metrics import Metrics
+from crabtwist.values import Headers
+from crabtwist.web.admission import Admission
+from crabtwist.web.answers import send_refusal
+from crabtwist.web.app import make_app
+
+#: How long the last words to those that were interrupted may take.
+LAST_WORDS_SECONDS = 2.0
+
+
+class Node(Service):
+    """
+    The service that twistd runs.
+
+    `load` reads the configuration anew, for SIGHUP.  `start_failed` is called when the start failed after
+    the reactor began, so that the process can end with a status that says so.  `started` fires with the
+    ports, or with why there are none.
+    """
+
+    name = "crabtwist"
+    _log = Logger()
+
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        endpoints: Sequence[IStreamServerEndpoint],
+        *,
+        load: Callable[[], Config],
+        start_failed: Callable[[], object],
+    ) -> None:
+        self.started: Deferred[list[IListeningPort]] = Deferred()
+        self._config = config
+        self._reactor = reactor
+        self._load = load
+        self._start_failed = start_failed
+        metrics = Metrics()
+        self._generation = Generation(config, reactor, metrics)
+        self._services = Services(clock=reactor)
+        self._storage = config.storage.maker.make(config.storage.settings, self._services)
+        self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
+        self.gateway = Gateway(
+            clock=reactor,
+            registry=self._generation.registry,
+            keys=self._generation.keys,
+            hooks=Hooks(self._extensions, reactor, config.hook_timeout),
+            health=Health(failures=config.cooldown_failures, seconds=config.cooldown_seconds),
+            metrics=metrics,
+            patience=_patience(config),
+            max_json_depth=config.max_json_depth,
+            inject_stream_usage=config.inject_stream_usage,
+        )
+        self._listener = Listener(endpoints, self._factory())
+
+    def _factory(self) -> GatewayFactory:
+        return GatewayFactory(
+            make_app(self.gateway).resource(),
+            reactor=self._reactor,
+            limits=_http_limits(self._config),
+            admit=Admission(self.gateway),
+            render_refusal=send_refusal,
+            refuse=self._refuse_bad_http,
+        )
+
+    def _refuse_bad_http(self, status: int, slug: str, message: str, path: bytes) -> tuple[Headers, bytes]:
+        """Word what is wrong with a request that cannot be read; its path is all that tells the dialect."""
+        self.gateway.metrics.refused(slug)
+        request_id = new_request_id()
+        dialect = dialect_of(path, anthropic_client=True)
+        fields = (
+            (b"content-type", b"application/json"),
+            (ERROR, slug.encode()),
+            (REQUEST_ID, request_id.encode()),
+        )
+        return fields, dialect.error_body(status, None, slug, message, request_id)
+
+    # Starting.
+
+    def startService(self) -> None:
+        """Start; what fails is logged, and ends the process."""
+        super().startService()
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self.reload))
+        starting = Deferred.fromCoroutine(self._start())
+        starting.addErrback(self._not_started)
+        starting.chainDeferred(self.started)
+
+    async def _start(self) -> list[IListeningPort]:
+        await self._storage.open()
+        for extension in self._extensions:
+            if IService.providedBy(extension):
+                extension.startService()
+        self._generation.start()
+        self._listener.startService()
+        ports: list[IListeningPort] = await self._listener.listening
+        for port in ports:
+            self._log.info("serving on {where}", where=_where(port.getHost()))
+        return ports
+
+    def _not_started(self, failure: Failure) -> Failure:
+        self._log.critical("not started: {why}", why=failure.getErrorMessage())
+        self._start_failed()
+        return failure
+
+    # Reloading.
+
+    def reload(self) -> None:
+        """Read the configuration again: swap models, keys and aliases at once, or keep the old ones."""
+        try:
+            config = self._load()
+            generation = Generation(config, self._reactor, self.gateway.metrics)
+        except ConfigurationError as error:
+            self._log.error(
+                "the configuration was not reloaded; the old one stays: {complaints}",
+                complaints=error.complaints,
+            )
+            return
+        generation.start()
+        old, self._generation = self._generation, generation
+        self.gateway.registry, self.gateway.keys = generation.registry, generation.keys
+        retiring = self.gateway.when_unused(old.registry)
+        retiring.addCallback(lambda _: Deferred.fromCoroutine(old.stop()))
+        retiring.addErrback(lambda failure: self._log.failure("retiring providers failed", failure))
+        self._log.info("reloaded: {models}", models=generation.registry.names())
+
+    # Stopping.
+
+    def stopService(self) -> Deferred[None]:
+        """Stop, in order; fires when it is done."""
+        maybeDeferred(super().stopService)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._hurry))
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        self.gateway.draining = True
+        busy = await self._listener.drain(self._config.shutdown_timeout)
+        if busy:
+            self._log.warn("{busy} connections still busy; ending them", busy=busy)
+            self.gateway.interrupt_all("the gateway is being stopped")
+            await self._listener.drain(LAST_WORDS_SECONDS)
+        self._listener.abort_all()
+        await self._listener.stopService()
+        await self._generation.stop()
+        stopping = [
+            maybeDeferred(extension.stopService)
+            for extension in self._extensions
+            if IService.providedBy(extension)
+        ]
+        closing = [agent.close() for agent in self._services.agents]
+        await DeferredList([*stopping, *closing], consumeErrors=True)
+        await self._storage.close()
+
+    def _hurry(self) -> None:
+        """End everything now: somebody asked twice."""
+        self._log.warn("stopping at once")
+        self.gateway.interrupt_all("the gateway is being stopped")
+        self._listener.abort_all()
+
+
+def _where(address: Any) -> str:
+    if isinstance(address, IPv6Address):
+        return f"http://[{address.host}]:{address.port}"
+    return f"http://{address.host}:{address.port}" if isinstance(address, IPv4Address) else str(address)
+
+
+def _patience(config: Config) -> Patience:
+    return Patience(
+        commit_seconds=config.commit_seconds,
+        ping_seconds=config.ping_seconds,
+        client_stall_seconds=config.client_stall_timeout,
+        max_event_bytes=config.max_event_bytes,
+        max_answer_copy_bytes=config.max_answer_copy_bytes,
+    )
+
+
+def _http_limits(config: Config) -> HTTPLimits:
+    return HTTPLimits(
+        max_body_bytes=config.max_body_bytes,
+        max_head_bytes=config.max_head_bytes,
+        head_timeout_seconds=config.head_timeout,
+        body_timeout_seconds=config.body_timeout,
+        keep_alive_timeout_seconds=config.keep_alive_timeout,
+    )

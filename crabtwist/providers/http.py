@@ -1,0 +1,140 @@
+"""What the providers have in common that speak to an upstream over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import attrs
+import msgspec
+import treq
+from twisted.internet.defer import Deferred
+from twisted.web.iweb import IAgent, IResponse
+from zope.interface import implementer
+
+from crabtwist.errors import ConfigurationError, CredentialMisdirected, UpstreamStatus
+from crabtwist.http_client import BytesBody, OrderedHeaders
+from crabtwist.interfaces import IProvider
+from crabtwist.values import Answer, Call, Headers
+
+#: What people paste from documentation, and what the gateway adds itself.
+_ENDPOINTS = ("/chat/completions", "/embeddings", "/messages/count_tokens", "/messages")
+
+
+@attrs.frozen
+class Credential:
+    """
+    Header fields that prove who we are, and the one origin that they may be sent to.
+
+    `origin` is scheme, host and port as `origin_of` gives them.
+    """
+
+    fields: Headers = attrs.field(repr=False)
+    origin: str
+
+    def fields_for(self, url: str) -> Headers:
+        """Return the fields; raises `CredentialMisdirected` for any other origin."""
+        if origin_of(url) != self.origin:
+            raise CredentialMisdirected(
+                f"a credential for {self.origin} was about to be sent to {origin_of(url)}; nothing was sent"
+            )
+        return self.fields
+
+
+def origin_of(url: str) -> str:
+    """Return a URL's scheme, host and port, in one spelling."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"{parts.scheme.lower()}://{(parts.hostname or '').lower()}:{port}"
+
+
+def checked_base_url(name: str, base_url: str) -> str:
+    """
+    Return a base URL without what does not belong to a base.
+
+    Raises `ConfigurationError` if it is none.
+    """
+    path = f"providers.{name}.base_url"
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigurationError([f"{path}: {base_url!r} is no http:// or https:// URL"])
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigurationError([f"{path}: {base_url!r} may have no user, query or fragment"])
+    trimmed = base_url.rstrip("/")
+    for endpoint in _ENDPOINTS:
+        trimmed = trimmed.removesuffix(endpoint)
+    return trimmed.rstrip("/")
+
+
+@implementer(IProvider)
+class HTTPProvider:
+    """
+    An upstream that takes the call's body as it is.
+
+    `urls` maps the operations that it serves to where they are.  The client's end-to-end fields go first,
+    then `fields`, then the credential; a client's field of the same name as one of ours is replaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: str,
+        dialect: str,
+        agent: IAgent,
+        urls: Mapping[str, str],
+        models_url: str,
+        credential: Credential,
+        defaults: Headers = (),
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.dialects = frozenset({dialect})
+        self.operations = frozenset(urls)
+        self._agent = agent
+        self._urls = urls
+        self._models_url = models_url
+        self._credential = credential
+        self._defaults = defaults
+
+    def open(self, call: Call) -> Deferred[IResponse]:
+        """Send the call; see `IProvider`."""
+        url = self._urls[call.operation]
+        target = url.encode() + (b"?" + call.query if call.query else b"")
+        fields = (*call.headers, *self._missing(call.headers), *self._credential.fields_for(url))
+        return self._request(b"POST", target, (*fields, (b"accept-encoding", b"identity")), call.body)
+
+    def list_models(self) -> Deferred[list[str]]:
+        """Ask the upstream for its models; fails with `UpstreamStatus` if it does not say."""
+        return Deferred.fromCoroutine(self._list_models())
+
+    async def _list_models(self) -> list[str]:
+        fields = (*self._defaults, *self._credential.fields_for(self._models_url))
+        response = await self._request(b"GET", self._models_url.encode(), fields, None)
+        body: bytes = await treq.content(response)
+        try:
+            listed = msgspec.json.decode(body)
+            return [str(model["id"]) for model in listed["data"]]
+        except (msgspec.DecodeError, LookupError, TypeError):
+            raise UpstreamStatus(
+                f"{self._models_url} answered with status {response.code} and no list of models",
+                Answer(response.code, (), body),
+            ) from None
+
+    def _missing(self, given: Headers) -> Headers:
+        names = {name.lower() for name, _ in given}
+        return tuple((name, value) for name, value in self._defaults if name not in names)
+
+    def _request(self, method: bytes, target: bytes, fields: Headers, body: bytes | None) -> Deferred[Any]:
+        producer = None if body is None else BytesBody(body)
+        return self._agent.request(method, target, OrderedHeaders(fields), producer)
+
+
+def agent_for(services: Any, ca_file: str | None) -> IAgent:
+    """Return the agent for one provider, verifying against `ca_file` if it is given."""
+    return services.agent(ca_file=ca_file)  # type: ignore[no-any-return] # IServices' contract

@@ -1,0 +1,53 @@
+"""How the doors speak: JSON, and refusals in the caller's dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from crabtwist.dialects.base import Dialect
+from crabtwist.dialects.operations import dialect_of
+from crabtwist.downstream import REQUEST_ID, refusal_answer
+from crabtwist.errors import Refusal
+from crabtwist.gateway import new_request_id
+from crabtwist.values import Answer
+
+
+def asks_as_anthropic(request: Any) -> bool:
+    """Tell whether a request looks like one of Anthropic's clients: by its version, or by its key's place."""
+    has = request.requestHeaders.hasHeader
+    return bool(has(b"anthropic-version") or (has(b"x-api-key") and not has(b"authorization")))
+
+
+def dialect_for(request: Any) -> Dialect:
+    """Return the dialect in which to answer a request."""
+    return dialect_of(request.path, anthropic_client=asks_as_anthropic(request))
+
+
+def say(request: Any, answer: Answer) -> bytes:
+    """Set an answer's head on the request; return its body, for Klein to send."""
+    request.setResponseCode(answer.status)
+    for name, value in answer.headers:
+        request.responseHeaders.addRawHeader(name, value)
+    request.responseHeaders.setRawHeaders(b"content-length", [str(len(answer.body)).encode()])
+    return answer.body
+
+
+def say_json(request: Any, status: int, content: object) -> bytes:
+    """Say a JSON document."""
+    answer = Answer(status, ((b"content-type", b"application/json"),), msgspec.json.encode(content))
+    return say(request, answer)
+
+
+def say_refusal(request: Any, refusal: Refusal) -> bytes:
+    """Say a refusal in the caller's dialect, with an id of its own."""
+    request_id = new_request_id()
+    request.responseHeaders.setRawHeaders(REQUEST_ID, [request_id.encode()])
+    return say(request, refusal_answer(refusal, dialect_for(request), request_id))
+
+
+def send_refusal(request: Any, refusal: Refusal) -> None:
+    """Send a refusal and finish, where there is no Klein to do it."""
+    request.write(say_refusal(request, refusal))
+    request.finish()

@@ -1,0 +1,62 @@
+"""The Klein application: every door, and what is said where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from klein import Klein
+from twisted.internet.defer import CancelledError
+from twisted.logger import Logger
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import RequestRedirect
+
+from crabtwist.errors import Refusal
+from crabtwist.gateway import Gateway
+from crabtwist.web.answers import say_refusal
+from crabtwist.web.models import add_models
+from crabtwist.web.operations import add_operations
+from crabtwist.web.process import add_process
+
+_log = Logger()
+
+
+def make_app(gateway: Gateway) -> Klein:
+    """Return the application; its resource goes under a `Site`."""
+    app = Klein()
+    # A redirect would make clients repeat a POST, or give up.
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    add_operations(app, gateway)
+    add_models(app, gateway)
+    add_process(app, gateway)
+    _add_errors(app, gateway)
+    return app
+
+
+def _add_errors(app: Klein, gateway: Gateway) -> None:
+    @app.handle_errors(Refusal)
+    def refused(request: Any, failure: Any) -> bytes:
+        return _refuse(request, failure.value)
+
+    @app.handle_errors(MethodNotAllowed)
+    def wrong_method(request: Any, failure: Any) -> bytes:
+        allowed = ", ".join(sorted(failure.value.valid_methods or ()))
+        method = request.method.decode("latin-1")
+        message = f"{method} is not for this path; it takes {allowed}"
+        return _refuse(request, Refusal(405, "method_not_allowed", message, headers={"allow": allowed}))
+
+    @app.handle_errors(RequestRedirect, HTTPException)  # type: ignore[arg-type] # klein's protocol wants the word failure
+    def unknown_path(request: Any, _failure: Any) -> bytes:
+        path = request.path.decode("latin-1")[:200]
+        return _refuse(request, Refusal(404, "path_not_found", f"there is nothing at {path!r}"))
+
+    @app.handle_errors(Exception)
+    def crashed(request: Any, failure: Any) -> bytes:
+        if failure.check(CancelledError):
+            return b""
+        _log.failure("a door failed", failure)
+        return _refuse(request, Refusal(500, "internal_error", "the gateway failed; its log says why"))
+
+    def _refuse(request: Any, refusal: Refusal) -> bytes:
+        gateway.metrics.refused(refusal.slug)
+        return say_refusal(request, refusal)
