@@ -32,6 +32,9 @@ from crabtwist.values import Answer, Call, Context, Headers
 
 _log = Logger()
 
+#: How much is read of an error's body: all of any real one, so that its connection can be used again.
+ERROR_BODY_BYTES = 1 << 20
+
 
 @attrs.frozen
 class Patience:
@@ -198,8 +201,10 @@ class Attempt:
         return Reply(response.code, downward(fields), relay, self.reader)
 
     async def _body(self, response: IResponse) -> bytes:
-        """Return a small body, or the beginning of a large one, so that its connection can be used again."""
-        relay = self._plain_relay(response, None)
+        """Return a body that is not passed on, or the beginning of an absurd one."""
+        relay = PlainRelay(
+            response, self._clock, self._limits, reader=None, hold_bytes=ERROR_BODY_BYTES
+        )
         relay.open()
         await _until_ready(relay)
         held = relay.held

@@ -83,7 +83,7 @@ class Downstream:
         """End the connection so that the answer cannot be taken for a whole one."""
         if not self._ended:
             self._ended = True
-            self._request.channel.abort()
+            self._request.abort()
 
     def brake(self, producer: object) -> None:
         """Let the client's connection pause, resume and stop `producer` (an `IPushProducer`)."""

@@ -232,21 +232,16 @@ class Exchange:
             usage_edits = self._operation.dialect.ask_for_usage(self._body)
         data = bodies.splice(self._body.data, [*edits, *usage_edits])
         self._fidelity = b"verbatim" if data is self._body.data else b"spliced"
-        _, _, query = self._request.uri.partition(b"?")
         call = Call(
             operation=self._operation.name,
             dialect=self._operation.dialect.name,
             model=deployment.upstream_model,
             stream=self.context.stream,
-            query=query,
-            headers=self._upward_fields(),
+            query=self._request.query,
+            headers=upward(self._request.fields),
             body=data,
         )
         return bool(usage_edits), call
-
-    def _upward_fields(self) -> values.Headers:
-        headers = self._request.requestHeaders.getAllRawHeaders()
-        return upward((name, value) for name, several in headers for value in several)
 
     def _note_attempt(self, attempt: Attempt, began_at: float, error: str | None) -> None:
         now = self._gateway.clock.seconds()

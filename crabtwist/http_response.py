@@ -105,9 +105,7 @@ class ResponseParser:
         self.phrase += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One field of the head, or a trailer."""
-        if self.head_complete:
-            return  # a trailer
+        """One field of the head, or a trailer, which is only counted."""
         self._field_bytes += len(name) + len(value) + len(b": \r\n")
         if len(self._fields) == self._max_headers or self._field_bytes > self._max_head_bytes:
             self._refuse("too large a head")
@@ -129,7 +127,6 @@ class ResponseParser:
         self.version = (b"HTTP", 1, int(version[-1]))
         self.raw_headers = tuple(self._fields)
         self._frame()
-        self._barren_bytes = 0
         self.reusable = self._parser.should_keep_alive() and not self._bodiless
         self.complete = self._bodiless
         self.head_complete = True

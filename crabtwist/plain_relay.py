@@ -23,7 +23,8 @@ class PlainRelay(Relay):
     One plain answer.
 
     `reader` is told the whole body, or its end if it is larger than `copy_bytes`; None if nobody wants to
-    know.  `copy` is the whole body at the end, None if it was too large.
+    know.  `copy` is the whole body at the end, None if it was too large.  An answer of up to
+    `hold_bytes` is held until it is whole.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class PlainRelay(Relay):
         *,
         reader: AnswerReader | None,
         copy_bytes: int = HOLD_BYTES,
+        hold_bytes: int = HOLD_BYTES,
     ) -> None:
         super().__init__(response, clock, limits)
         self.copy: bytes | None = None
         self._reader = reader
-        self._copy_bytes = max(copy_bytes, HOLD_BYTES)
+        self._copy_bytes = max(copy_bytes, hold_bytes)
+        self._hold_bytes = hold_bytes
         self._copied: list[bytes] | None = []
         self._copied_bytes = 0
         self._tail = b""
@@ -56,7 +59,7 @@ class PlainRelay(Relay):
             return
         self._held.append(data)
         self._held_bytes += len(data)
-        if self._held_bytes > HOLD_BYTES and not self.ready.called:
+        if self._held_bytes > self._hold_bytes and not self.ready.called:
             self._hold("relay")
             self.ready.callback(None)
 

@@ -19,8 +19,7 @@ MAX_EVENT_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LF, _CR = b"\n\r"
 
-# The second byte of each begins an empty line's end, and every empty line's end but a chunk's first byte
-# has one of these: CR LF is one line end, so CR before LF is no empty line.
+# A line end right after a line end is an empty line.  The fourth pair, CR LF, is one line end.
 _EMPTY_LINE_PAIRS = (b"\n\n", b"\n\r", b"\r\r")
 
 # Converting a number takes time quadratic in its digits, and Python refuses very many.

@@ -16,7 +16,8 @@ class Admission:
     """
     Looks at each head: whether the gateway still takes work, whose key it is, how the body is encoded.
 
-    Called with the request; returns the `Refusal`, or None after having set the request's `principal`.
+    Called with the request; returns the `Refusal`, or None after having set the request's `admission` to
+    the `VirtualKey`, or to None where nobody needs one.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -24,12 +25,12 @@ class Admission:
 
     def __call__(self, request: Any) -> Refusal | None:
         """Admit or refuse."""
-        request.principal = None
+        request.admission = None
         if not request.path.startswith(b"/v1/"):
             return None
         try:
             self._refuse_while_draining()
-            request.principal = self._authenticated(request.requestHeaders)
+            request.admission = self._authenticated(request.requestHeaders)
             _refuse_encoded(request.requestHeaders)
         except Refusal as refusal:
             self._gateway.metrics.refused(refusal.slug)

@@ -24,7 +24,7 @@ def add_models(app: Klein, gateway: Gateway) -> None:
 
     @app.route("/v1/models", methods=["GET"], endpoint="models")
     def list_models(request: Any) -> bytes:
-        names = usable_names(gateway, request.principal)
+        names = usable_names(gateway, request.admission)
         if asks_as_anthropic(request):
             return say_json(request, 200, anthropic_page(names, request.args))
         listed = [openai_model(name) for name in names]
@@ -32,7 +32,7 @@ def add_models(app: Klein, gateway: Gateway) -> None:
 
     @app.route("/v1/models/<path:name>", methods=["GET"], endpoint="model")
     def one_model(request: Any, name: str) -> bytes:
-        if name not in usable_names(gateway, request.principal):
+        if name not in usable_names(gateway, request.admission):
             raise Refusal(404, "model_not_found", f"model {name!r} is not served here; see GET /v1/models")
         render = anthropic_model if asks_as_anthropic(request) else openai_model
         return say_json(request, 200, render(name))

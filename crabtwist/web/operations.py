@@ -21,4 +21,4 @@ def _add(app: Klein, gateway: Gateway, operation: Operation) -> None:
     # Klein tells handlers apart by the endpoint's name, not by the function (klein#153).
     @app.route("/v1" + operation.path, methods=["POST"], endpoint=operation.name)
     def serve(request: Any) -> Deferred[None]:
-        return gateway.serve(operation, request, request.principal)
+        return gateway.serve(operation, request, request.admission)

@@ -1,0 +1,79 @@
+"""A client's request without a connection: what an exchange and its answer need of one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers as WebHeaders
+
+from crabtwist.values import Headers
+
+
+class FakeRequest:
+    """Remembers what it was answered; `leave` is the client going away."""
+
+    def __init__(self, body: bytes | dict[str, Any], fields: Headers = (), query: bytes = b"") -> None:
+        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.fields = fields
+        self.query = query
+        self.responseHeaders = WebHeaders()
+        self.code: int | None = None
+        self.data = b""
+        self.head_sent = self.finished = self.aborted = False
+        self.producer: Any = None
+        self._notifications: list[Deferred[None]] = []
+
+    @property
+    def answer(self) -> Any:
+        """The body that was sent, as JSON."""
+        return json.loads(self.data)
+
+    def header(self, name: str) -> str | None:
+        """Return a header of the answer."""
+        values = self.responseHeaders.getRawHeaders(name)
+        return values[-1] if values else None
+
+    def notifyFinish(self) -> Deferred[None]:
+        """As Twisted's."""
+        self._notifications.append(Deferred())
+        return self._notifications[-1]
+
+    def setResponseCode(self, code: int) -> None:
+        """As Twisted's."""
+        self.code = code
+
+    def write(self, data: bytes) -> None:
+        """As Twisted's."""
+        assert not self.finished, "written to after its end"
+        self.head_sent = True
+        self.data += data
+
+    def finish(self) -> None:
+        """As Twisted's."""
+        assert not self.finished, "finished twice"
+        assert self.producer is None, "finished with a producer"
+        self.finished = True
+
+    def abort(self) -> None:
+        """As the gateway's own request has it."""
+        self.aborted = True
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """As Twisted's."""
+        assert self.producer is None and streaming
+        self.producer = producer
+
+    def unregisterProducer(self) -> None:
+        """As Twisted's."""
+        self.producer = None
+
+    def leave(self) -> None:
+        """Let the client go away, as a lost connection tells it."""
+        if self.producer is not None:
+            self.producer.stopProducing()
+        for notification in self._notifications:
+            notification.errback(Failure(ConnectionDone()))
