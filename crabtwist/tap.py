@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from twisted.application.service import IService
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python import usage
 
@@ -123,7 +125,14 @@ def _report(config: Config, listen: Sequence[str]) -> NoReturn:
 def _end_with_failure(reactor: Any) -> None:
     """Stop, with exit status 1: twistd has no other way to say that a start failed late."""
     atexit.register(_exit_with_failure)
-    reactor.stop()
+    # Services are started before the reactor is, and only a running one can be stopped.
+    reactor.callWhenRunning(_stop_once, reactor)
+
+
+def _stop_once(reactor: Any) -> None:
+    # Somebody may have stopped it while the start was under way.
+    with contextlib.suppress(ReactorNotRunning):
+        reactor.stop()
 
 
 def _exit_with_failure() -> NoReturn:

@@ -1,0 +1,145 @@
+"""What the documentation says is so."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from crabtwist import config, settings
+from crabtwist.errors import Refused
+from crabtwist.interfaces import IExtension, IExtensionMaker, IProvider, IProviderMaker
+from crabtwist.providers.anthropic import AnthropicSettings
+from crabtwist.testing import FakeServices, make_context
+from crabtwist.values import Call
+
+CHECKOUT = Path(__file__).parents[1]
+DOCS = CHECKOUT / "docs"
+
+_FILE = re.compile(r"^`([^`]+)`[^\n]*:\n\n```(?:python|toml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_ROW = re.compile(r"^\| `(\w+)` \| (.+?) \|", re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def files_in(page: str) -> dict[str, str]:
+    """Return the files that a page shows, by name."""
+    return dict(_FILE.findall((DOCS / page).read_text()))
+
+
+class PluginPagesTests(SynchronousTestCase):
+    """The pages on writing plugins: their code, as it stands there."""
+
+    def module(self, name: str, source: str) -> Any:
+        """Import the source of a page as a module."""
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        (directory / f"{name}.py").write_text(source)
+        self.patch(sys, "path", [str(directory), *sys.path])
+        self.addCleanup(sys.modules.pop, name, None)
+        return importlib.import_module(name)
+
+    def maker(self, source: str, name: str) -> Any:
+        """Return what a page's drop-in makes."""
+        scope: dict[str, Any] = {}
+        exec(source, scope)
+        return scope[name]
+
+    def test_provider(self) -> None:
+        """The provider keeps its contract, reads its settings and answers."""
+        files = files_in("write-a-provider.md")
+        self.module("shout", files["shout.py"])
+        maker = self.maker(files["twisted/plugins/shout_dropin.py"], "shout")
+        verifyObject(IProviderMaker, maker)
+        table = tomllib.loads(files["crabtwist.toml"])["providers"]["loud"]
+        complaints: list[str] = []
+        own = settings.read(maker.settings_class(), {"ending": table["ending"]}, "providers.loud", complaints)
+        self.assertEqual([], complaints)
+        provider = maker.make("loud", own, FakeServices())
+        verifyObject(IProvider, provider)
+        self.assertEqual("HI!!!", self.answer_of(provider)["choices"][0]["message"]["content"])
+
+    def answer_of(self, provider: Any) -> Any:
+        """Return what a provider answers to "hi"."""
+        body = json.dumps({"model": "shout", "messages": [{"role": "user", "content": "hi"}]}).encode()
+        call = Call("chat.completions", "openai", "shout", False, b"", (), body)
+        response = self.successResultOf(provider.open(call))
+        return json.loads(self.successResultOf(read_body(response, provider.clock)))
+
+    def test_extension(self) -> None:
+        """The extension keeps its contract, refuses what its page says, and counts."""
+        files = files_in("write-an-extension.md")
+        self.module("trial", files["trial.py"])
+        maker = self.maker(files["twisted/plugins/trial_dropin.py"], "trial")
+        verifyObject(IExtensionMaker, maker)
+        table = tomllib.loads(files["crabtwist.toml"])["extensions"]["trial"]
+        extension = maker.make(maker.settings_class()(**table), FakeServices())
+        verifyObject(IExtension, extension)
+        extension.on_request(make_context(principal="visitor", max_tokens=50))
+        with self.assertRaises(Refused):
+            extension.on_request(make_context(principal="visitor", max_tokens=51))
+
+    def test_pages_are_short(self) -> None:
+        """Each file shown is about forty lines at most."""
+        for page in ("write-a-provider.md", "write-an-extension.md"):
+            for name, source in files_in(page).items():
+                self.assertLessEqual(len(source.splitlines()), 45, f"{page}: {name}")
+
+
+def read_body(response: Any, clock: Clock) -> Deferred[bytes]:
+    """Return a Deferred of a response's body, letting its clock run."""
+    import treq
+
+    body: Deferred[bytes] = treq.content(response)
+    clock.pump([0, 0, 0])
+    return body
+
+
+class ConfigurationPageTests(SynchronousTestCase):
+    """The configuration page: every key, with its default."""
+
+    def rows(self) -> dict[str, str]:
+        """Return the keys that the page lists, with what stands beside them."""
+        return dict(_ROW.findall((DOCS / "configuration.md").read_text()))
+
+    def test_every_key_is_there(self) -> None:
+        """Each key of each table has a row, with its real default."""
+        rows = self.rows()
+        for cls in (config.GatewaySettings, config.ProviderSettings, AnthropicSettings):
+            for field in attrs.fields(cls):
+                self.assertIn(field.name, rows)
+                if isinstance(field.default, bool | int | float):
+                    self.assertEqual(f"`{json.dumps(field.default)}`".replace(".0`", "`"), rows[field.name])
+
+    def test_no_other_key_is_there(self) -> None:
+        """The page names no key that does not exist."""
+        known = {"name", "key"}
+        for cls in (config.GatewaySettings, config.ProviderSettings, AnthropicSettings):
+            known |= {field.name for field in attrs.fields(cls)}
+        self.assertEqual(set(), self.rows().keys() - known)
+
+
+class LinksTests(SynchronousTestCase):
+    """Links between pages."""
+
+    def test_targets_exist(self) -> None:
+        """Every relative link leads to a file."""
+        for page in [CHECKOUT / "README.md", *DOCS.glob("**/*.md")]:
+            for target in _LINK.findall(page.read_text()):
+                if not target.startswith("http"):
+                    self.assertTrue((page.parent / target).exists(), f"{page.name}: {target}")
+
+    def test_files_of_the_tour_exist(self) -> None:
+        """The tour names files that are there."""
+        for name in re.findall(r"`((?:\w+/)?\w+\.py)`", (DOCS / "tour.md").read_text()):
+            found = (CHECKOUT / "crabtwist" / name).exists() or (CHECKOUT / name).exists()
+            self.assertTrue(found, name)
