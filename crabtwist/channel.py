@@ -374,6 +374,10 @@ class GatewayRequest(server.Request):
         parsed: dict[bytes, list[bytes]] = http.parse_qs(self.query, 1)
         return parsed
 
+    def getRequestHostname(self) -> bytes:
+        """Return the host that was asked for; HTTP/1.0 need not say one, and a Unix socket has none."""
+        return super().getRequestHostname() if self.getHeader(b"host") else b"localhost"
+
     def abort(self) -> None:
         """
         End the connection at once, so that the answer cannot be taken for a whole one.
@@ -394,7 +398,7 @@ class GatewayRequest(server.Request):
         if self.startedWriting:
             self.abort()
         elif self.channel is not None:
-            self.channel.refuse(_internal_error())
+            self.channel.refuse(internal_error())
         return reason
 
 
@@ -409,17 +413,19 @@ def render_refusal(request: GatewayRequest, refusal: Refusal) -> None:
     """Answer a request with a refusal, whole."""
     fields, body = refuse(refusal.status, refusal.slug, refusal.message, request.path)
     request.setResponseCode(refusal.status)
-    for name, value in (*fields, *_wire_fields(refusal), (b"content-length", b"%d" % len(body))):
+    for name, value in (*fields, *wire_fields(refusal), (b"content-length", b"%d" % len(body))):
         request.setHeader(name, value)
     request.write(body)
     request.finish()
 
 
-def _wire_fields(refusal: Refusal) -> Headers:
+def wire_fields(refusal: Refusal) -> Headers:
+    """Return a refusal's own header fields as they are sent."""
     return tuple((name.encode(), value.encode()) for name, value in refusal.headers.items())
 
 
-def _internal_error() -> Refusal:
+def internal_error() -> Refusal:
+    """Return the refusal that stands for a fault of the gateway's own."""
     return Refusal(500, "internal_error", "The gateway failed to answer; its log says why.")
 
 
@@ -590,11 +596,11 @@ class GatewayChannel(http.HTTPChannel):
                 data = b"".join(self._input)
                 self._input = []
                 self._take(data)
+                self._input_bytes = sum(map(len, self._input))
         except Refusal as refusal:
             self.refuse(refusal)
         finally:
             self._is_advancing = False
-        self._input_bytes = sum(map(len, self._input))
         if self._input_bytes > MAX_PIPELINED_BYTES and not self._is_ending:
             self._networkProducer.pauseProducing()
 
@@ -609,7 +615,7 @@ class GatewayChannel(http.HTTPChannel):
             return
         rest = self._body.take(data)
         if rest is not None:
-            self._input.append(rest)
+            self._give_back(rest)
             self._handle(self._body.body)
 
     def _take_head(self, data: bytes) -> None:
@@ -619,12 +625,15 @@ class GatewayChannel(http.HTTPChannel):
         if rest is not None:
             head = self._head.judge()
             self._head = None
-            if rest:
-                self._input.append(rest)
+            self._give_back(rest)
             self._begin(head)
         elif self._head.has_begun and not self._is_head_timed:
             self._is_head_timed = True
             self._set_deadline(self.owner.limits.head_timeout_seconds)
+
+    def _give_back(self, rest: bytes) -> None:
+        if rest:
+            self._input.append(rest)
 
     def _begin(self, head: Head) -> None:
         """Admit a request, and make ready for its body."""
@@ -651,7 +660,7 @@ class GatewayChannel(http.HTTPChannel):
         except Exception:
             # Who could not say no has not said yes.
             self._log.failure("Admission failed")
-            refusal = _internal_error()
+            refusal = internal_error()
         if refusal is not None:
             raise refusal
 
@@ -678,6 +687,8 @@ class GatewayChannel(http.HTTPChannel):
             self.persistent = False
         if not self.persistent:
             headers.setRawHeaders(b"connection", [b"close"])
+        if not headers.hasHeader(b"date"):
+            headers.setRawHeaders(b"date", [http.datetimeToString()])
         super().writeHeaders(version, code, reason, headers)
 
     def requestDone(self, request: GatewayRequest) -> None:
@@ -721,7 +732,7 @@ class GatewayChannel(http.HTTPChannel):
         method, path = self._head.method_and_path if self._head is not None else (b"", b"")
         fields, body = self.owner.refuse(refusal.status, refusal.slug, refusal.message, path)
         headers = HeaderMap()
-        for name, value in (*fields, *_wire_fields(refusal), (b"content-length", b"%d" % len(body))):
+        for name, value in (*fields, *wire_fields(refusal), (b"content-length", b"%d" % len(body))):
             headers.addRawHeader(name, value)
         reason = http.RESPONSES.get(refusal.status, b"Refused")
         self.writeHeaders(b"HTTP/1.1", b"%d" % refusal.status, reason, headers)

@@ -311,6 +311,11 @@ class Exchange:
             self._client.answer(refusal_answer(refusal, self._operation.dialect, self.context.request_id))
 
     def _cancelled(self) -> tuple[EndedBy, str, str | None]:
+        if self._interrupted is None and self._client.open:
+            # An extension or a provider gave up by itself; the client still waits for an answer.
+            _log.failure("request {request_id} was cancelled", request_id=self.context.request_id)
+            self._crashed()
+            return "gateway", "internal_error", "CancelledError"
         if self._interrupted is None:
             return "client", "client_left", None
         refusal = Refusal(

@@ -59,8 +59,8 @@ _BOTTOM = """\
 #[aliases]
 #fast = "echo"
 
-# Extensions see every request, in the order in which they stand here.
-#[extensions.logging]
+# Extensions see every request, in the order in which they stand here.  This one logs a line for each.
+[extensions.logging]
 
 # Where shared counters are kept; "memory" is this process's own.
 #[storage]

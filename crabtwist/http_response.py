@@ -209,8 +209,7 @@ class ResponseBody:
     def finish(self, reason: Exception) -> None:
         """Tell the end, once everything before it is delivered."""
         self._source = None
-        if self._end is None:
-            self._end = reason
+        self._end = reason
         self._deliver()
 
     def pauseProducing(self) -> None:

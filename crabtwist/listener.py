@@ -92,9 +92,10 @@ class GatewayFactory(Site):
 
     def buildProtocol(self, addr: IAddress | None) -> GatewayChannel:  # type: ignore[override]  # no HTTP/2
         """Make the channel of a new connection."""
-        channel: Any = super().buildProtocol(addr)
+        channel = super().buildProtocol(addr)
+        assert isinstance(channel, GatewayChannel)
         channel.owner = self
-        return channel  # type: ignore[no-any-return]  # `protocol` says what it is
+        return channel
 
     # Connections.
 

@@ -243,6 +243,7 @@ class StormTests(AgentTestCase):
             self.clock.advance(1)
             self.cut_all()
         self.assertEqual(0, self.agent.connections)
+        self.assertFalse(any(pool._holders for pool in self.agent._pools.values()))
         self.assertEqual(list(range(len(self.requests))), sorted(self.ends))
 
     def ask(self, _: int) -> None:

@@ -1,4 +1,4 @@
-"""Bad requests, recorded ones in all cuttings and our own: what is refused, in which words, and what then."""
+"""Bad requests, recorded and our own: what is refused, however it is cut, and what comes of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.server import NOT_DONE_YET
 
 from crabtwist.channel import GatewayRequest, HTTPLimits
 from crabtwist.errors import Refusal
@@ -136,9 +138,10 @@ class StrictnessTests(ChannelTestCase):
     def refuse_all(self, status: int, *requests: bytes) -> None:
         for request in requests:
             self.connect()
-            self.send(request, GET)
+            self.send(request)
+            self.assertEqual((self.answers(), self.wire.half_closed), ([status], True), request)
+            self.send(GET)
             self.assertEqual((self.answers(), self.desk.requests), ([status], []), request)
-            self.assertTrue(self.wire.half_closed)
 
     def test_host(self) -> None:
         """There is one Host with a name or an address in it; HTTP/1.0 may do without."""
@@ -252,6 +255,7 @@ class RefusalTests(ChannelTestCase):
         self.send(b"GET / HTTP/1.1\r\n\r\n")
         head, _, body = self.answered().partition(b"\r\n\r\n")
         self.assertIn(b"\r\nConnection: close", head)
+        self.assertIn(b"\r\nDate: ", head)
         self.assertIn(b"\r\nContent-Type: application/json", head)
         self.assertIn(b"\r\nX-Crabtwist-Error: bad_http", head)
         self.assertIn(b"\r\nContent-Length: %d" % len(body), head)
@@ -292,6 +296,7 @@ class RefusalTests(ChannelTestCase):
         """After a refusal the gateway hears the client out for a while, and then cuts it off."""
         self.send(b"POST / HTTP/1.1\r\n\r\n", b"x" * 100_000)
         self.assertTrue(self.wire.half_closed)
+        self.assertEqual(self.channel._input, [])
         self.clock.advance(1.9)
         self.send(GET)
         self.assertFalse(self.wire.disconnected)
@@ -304,6 +309,15 @@ class RefusalTests(ChannelTestCase):
         self.send(b"POST / HTTP/1.1\r\n\r\n")
         self.hang_up()
         self.assertEqual((self.clock.getDelayedCalls(), self.factory.open_connections), ([], 0))
+
+    def test_bytes_after_the_last(self) -> None:
+        """What comes after the last request is never read as one, and takes no answer away."""
+        self.desk.holds = True
+        self.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" + GET * 1000)
+        self.assertEqual(self.wire.producerState, "paused")
+        self.desk.requests[0].finish()
+        self.assertEqual((self.answers(), self.wire.half_closed), ([200], True))
+        self.assertEqual((self.wire.producerState, self.channel._input), ("producing", []))
 
     def test_waits_its_turn(self) -> None:
         """A refusal does not get into the answer before it."""
@@ -327,3 +341,39 @@ class RefusalTests(ChannelTestCase):
         self.send(CHUNKED, b"5\r\nhello\r\n", b"x")
         self.assertEqual([(refusal.status, refusal.slug) for refusal in refused], [(400, "bad_http")])
         self.assertEqual(self.desk.requests, [])
+
+
+class MisbehaviourTests(ChannelTestCase):
+    """Code that does not answer as it should."""
+
+    def test_crash(self) -> None:
+        """Code that crashes before it answered is a plain 500; the client is shown nothing of it."""
+        self.patch(self.desk, "render", None)
+        self.send(GET + GET)
+        self.assertEqual((self.answers(), self.wire.half_closed), ([500], True))
+        self.assertNotIn(b"TypeError", self.wire.value())
+        self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
+
+    def test_crash_in_mid_answer(self) -> None:
+        """Code that crashes in mid-answer leaves an answer that does not look whole."""
+        self.desk.holds = True
+        self.send(GET)
+        self.desk.requests[0].write(b"part")
+        self.desk.requests[0].processingFailed(Failure(KeyError()))
+        self.assertEqual((self.wire.disconnected, self.wire.value()[-4:]), (True, b"rt\r\n"))
+        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
+
+    def test_abort_at_once(self) -> None:
+        """An answer can be aborted before it has begun."""
+        self.patch(self.desk, "render", lambda request: request.abort() or NOT_DONE_YET)
+        self.send(GET * 1000)
+        self.assertEqual((self.answers(), self.wire.disconnected), ([], True))
+
+    def test_closed_before_the_end(self) -> None:
+        """Code that closes the connection before its answer's end may still end it."""
+        self.desk.holds = True
+        self.send(GET)
+        self.desk.requests[0].loseConnection()
+        self.desk.requests[0].finish()
+        self.send(GET)
+        self.assertEqual((self.wire.disconnecting, len(self.desk.requests)), (True, 1))

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IResponse
+from zope.interface import directlyProvides
 from zope.interface.verify import verifyObject
 
 from crabtwist.errors import ConnectionBroken
@@ -243,12 +244,14 @@ class BrakeTests(ConnectionTestCase):
     def test_stop(self) -> None:
         """Stopping aborts the connection at once; the end of the body follows."""
         reader = self.read(HELLO[:-3])
+        reader.producer.pauseProducing()
         reader.producer.stopProducing()
         self.assertEqual((["gone"], True, None), (self.events, self.wire.disconnected, reader.reason))
+        reader.producer.pauseProducing()
+        reader.producer.resumeProducing()
         self.wire.say(b"llo")
         self.clock.advance(0)
-        self.assertEqual(b"he", reader.data)
-        self.assertIsInstance(reader.reason, ConnectionBroken)
+        self.assertEqual((b"he", "the request to up:80 was given up"), (reader.data, str(reader.reason)))
 
     def test_cancel(self) -> None:
         """Cancelling a request before its answer aborts the connection at once."""
@@ -310,6 +313,16 @@ class SendingTests(ConnectionTestCase):
         self.failureResultOf(head, CancelledError)
         self.assertEqual(["stop"], tap.calls)
 
+    def test_broken_off(self) -> None:
+        """Nor does one whose connection ends, or whose answer is none."""
+        for words in (b"", b"GARBAGE"):
+            self.setUp()
+            head = self.send(tap := Tap(5))
+            self.wire.say(words)
+            self.wire.end()
+            self.failureResultOf(head, ConnectionBroken)
+            self.assertEqual(["stop"], tap.calls)
+
     def test_small_reads(self) -> None:
         """A paused answer holds little, because little is read at once."""
         self.assertEqual(READ_BYTES, self.wire.bufferSize)  # type: ignore[attr-defined]
@@ -318,3 +331,17 @@ class SendingTests(ConnectionTestCase):
         """Without TLS a connection can be used as soon as it is there."""
         verifyObject(IHandshakeListener, self.connection)
         self.successResultOf(self.connection.established())
+
+    def test_handshake(self) -> None:
+        """With TLS, only once the peer has proved who it is, and is not being dropped for it."""
+        for dropped in (False, True):
+            connection = HTTP1ClientProtocol("up:443", id, id)
+            wire: Any = Wire(connection, self.clock)
+            wire.transport = wire
+            directlyProvides(wire, ISSLTransport)
+            connection.makeConnection(wire)
+            established = connection.established()
+            self.assertNoResult(established)
+            wire.disconnecting = dropped
+            connection.handshakeCompleted()
+            self.assertEqual(not dropped, established.called)

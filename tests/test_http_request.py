@@ -165,13 +165,18 @@ class UploadTests(SynchronousTestCase):
         tap.consumer.write(b"hel")
         tap.consumer.write(b"lo")
         self.assertIn("longer", str(self.errors[0]))
-        self.assertEqual((["stop"], b"hel"), (tap.calls, self.wire.heard()))
+        tap.done.callback(None)
+        self.assertEqual((["stop"], b"hel", 1), (tap.calls, self.wire.heard(), len(self.errors)))
 
     def test_producer_fails(self) -> None:
         """What the producer failed with is told."""
         error = ValueError("the disk is gone")
         self.upload(Tap(3, fail(error)))
         self.assertEqual([error], self.errors)
+        tap = Tap(3)
+        tap.startProducing = lambda consumer: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+        self.upload(tap)
+        self.assertIsInstance(self.errors[0], ZeroDivisionError)
 
     def test_brakes(self) -> None:
         """A full socket pauses the producer; a socket that is gone stops it, once."""
@@ -182,4 +187,4 @@ class UploadTests(SynchronousTestCase):
         producer.resumeProducing()
         producer.stopProducing()
         upload.stopProducing()
-        self.assertEqual(["pause", "resume", "stop"], tap.calls)
+        self.assertEqual((["pause", "resume", "stop"], None), (tap.calls, self.wire.producer))

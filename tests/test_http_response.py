@@ -60,6 +60,8 @@ class AcceptedTests(SynchronousTestCase):
         )
         fields = (b"x-B", b"1"), (b"Content-Length", b"11"), (b"X-b", b"2"), (b"Empty", b"")
         self.assertEqual(fields, parser.raw_headers)
+        after, _ = parse(AFTER_HINTS)
+        self.assertEqual((b"OK", fields), (after.phrase, after.raw_headers))
 
     def test_every_cut(self) -> None:
         """Wherever an answer is cut in two, it reads the same."""
@@ -104,8 +106,10 @@ class AcceptedTests(SynchronousTestCase):
 
     def test_head_request(self) -> None:
         """The answer to HEAD has no body, whatever it says; nothing may follow it."""
-        parser, _ = parse(OK + b"Content-Length: 5\r\n\r\n", bodiless=True)
-        self.assertEqual((0, True, False), (parser.length, parser.complete, parser.reusable))
+        for extra in (b"", b"hello"):
+            parser, body = parse(OK + b"Content-Length: 5\r\n\r\n" + extra, bodiless=True)
+            self.assertEqual((0, True, False), (parser.length, parser.complete, parser.reusable))
+            self.assertEqual((b"", None), (body, parser.fault))
 
     def test_reusable(self) -> None:
         """Another answer may follow if both sides keep the connection, and nothing stands behind this one."""
@@ -151,7 +155,13 @@ class RefusedTests(SynchronousTestCase):
 
     def test_other_protocols(self) -> None:
         """What is not HTTP/1 is refused at once."""
-        for other in (b"GARBAGE", b"SSH-2.0-x\r\n", b"HTTP/2.0 200 OK\r\n\r\n", b"HTTP/0.9 200 OK\r\n\r\n"):
+        for other in (
+            b"GARBAGE",
+            b"SSH-2.0-x\r\n",
+            b"HTTP/2.0 200 OK\r\n\r\n",
+            b"HTTP/0.9 200 OK\r\n\r\n",
+            b"HTTP/1.1 099 X\r\n\r\n",
+        ):
             fault(other)
         self.assertIn(
             "change of protocol", fault(b"HTTP/1.1 101 S\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nxxx")
@@ -228,6 +238,20 @@ class BodyTests(SynchronousTestCase):
         reader.producer.resumeProducing()
         self.assertEqual(b"early", reader.data)
         self.assertIsInstance(reader.reason, ResponseDone)
+
+    def test_not_before_made(self) -> None:
+        """Nothing is delivered before `connectionMade` has returned, whatever it does."""
+
+        class Fickle(Reader):
+            def connectionMade(self) -> None:
+                self.producer.pauseProducing()
+                self.producer.resumeProducing()
+                self.seen_early = self.data
+
+        self.body.receive(b"early")
+        reader = Fickle()
+        self.body.attach(reader)
+        self.assertEqual((b"", b"early"), (reader.seen_early, reader.data))
 
     def test_pause_and_resume(self) -> None:
         """Both reach the connection, and nothing is delivered in between."""

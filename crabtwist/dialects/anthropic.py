@@ -47,13 +47,14 @@ def usage_from(counts: dict[str, Any], *, complete: bool) -> Usage:
     Return a usage object's numbers by class.
 
     When the cache's 5-minute and 1-hour parts do not add up to the total (server tools), the rest
-    counts as the cheaper 5-minute kind.
+    counts as the cheaper 5-minute kind; parts that exceed it, or come without one, are the total.
     """
     output = count(counts, "output_tokens")
     thinking = min(count(part(counts, "output_tokens_details"), "thinking_tokens"), output)
-    written = count(counts, "cache_creation_input_tokens")
-    for_an_hour = count(part(counts, "cache_creation"), "ephemeral_1h_input_tokens")
-    written = max(written, for_an_hour)
+    by_time = part(counts, "cache_creation")
+    for_an_hour = count(by_time, "ephemeral_1h_input_tokens")
+    in_parts = count(by_time, "ephemeral_5m_input_tokens") + for_an_hour
+    written = max(count(counts, "cache_creation_input_tokens"), in_parts)
     calls = part(counts, "server_tool_use")
     return Usage(
         input_tokens=count(counts, "input_tokens"),

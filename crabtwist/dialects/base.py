@@ -6,7 +6,9 @@ A dialect is stateless and shared; an `AnswerReader` belongs to one attempt's an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 import attrs
@@ -18,6 +20,12 @@ from crabtwist.values import Usage
 
 #: No real count of tokens comes near; what is larger is a broken upstream's.
 MAX_COUNT = 2**53 - 1
+
+#: How many closing braces are tried as the end of a usage object; real ones hold a few dozen.
+MOST_CLOSINGS = 256
+
+#: A member that holds an object; within a string its quotes would be escaped.
+_USAGE = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
 
 
 @attrs.frozen
@@ -135,15 +143,9 @@ def count(parent: Mapping[str, Any], name: str) -> int:
 
 def last_usage(data: bytes) -> dict[str, Any]:
     """Return the last object named "usage" in the end of a JSON document, {} if there is none."""
-    start = data.rfind(b'"usage"')
-    while start > 0 and data[start - 1 : start] == b"\\":
-        start = data.rfind(b'"usage"', 0, start)
-    opening = data.find(b"{", start) if start >= 0 else -1
-    if opening < 0:
+    openings = [match.end() for match in _USAGE.finditer(data)]
+    if not openings:
         return {}
-    end = data.find(b"}", opening)
-    while end > 0:
-        if counts := decode_object(data[opening : end + 1]):
-            return counts
-        end = data.find(b"}", end + 1)
-    return {}
+    text = data[openings[-1] :]
+    closings = islice(re.finditer(rb"}", text), MOST_CLOSINGS)
+    return next(filter(None, (decode_object(text[: match.end()]) for match in closings)), {})

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from crabtwist.providers.http import Credential, HTTPProvider, agent_for, checked_base_url, origin_of
-from crabtwist.settings import Secret
+from crabtwist.settings import Secret, header_word
 from crabtwist.values import Headers
 
 #: For clients that send no version of their own.
@@ -23,7 +23,7 @@ class AnthropicSettings:
     is the path of a PEM file with the only authorities to trust.
     """
 
-    api_key: Secret | None = None
+    api_key: Secret | None = attrs.field(default=None, validator=header_word)
     base_url: str = "https://api.anthropic.com"
     ca_file: str | None = None
 

@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
+from crabtwist.dialects.operations import DIALECTS
 from crabtwist.interfaces import IProvider
 from crabtwist.providers.local import LocalResponse
 from crabtwist.values import Call
@@ -51,8 +52,16 @@ class EchoProvider:
         self._clock = services.clock
 
     def open(self, call: Call) -> Deferred[IResponse]:
-        """Answer at once."""
-        asked = msgspec.json.decode(call.body)
+        """Answer at once; with a 400 what this parser cannot read, though the gateway's could."""
+        try:
+            return self._answer(call, msgspec.json.decode(call.body, type=dict[str, Any]))
+        except (msgspec.DecodeError, RecursionError) as error:
+            message = f"the body cannot be read: {error}"
+            dialect = DIALECTS[call.dialect]
+            body = dialect.error_body(400, None, "invalid_body", message, _id("req_", call.body))
+            return self._plain(msgspec.Raw(body), 400)
+
+    def _answer(self, call: Call, asked: dict[str, Any]) -> Deferred[IResponse]:
         words = _last_words(asked)
         counts = _text_of(asked.get("system")).split() + _text_of(asked.get("messages")).split()
         if call.operation == "messages.count_tokens":
@@ -71,11 +80,11 @@ class EchoProvider:
         """It echoes under any name."""
         return succeed(["echo"])
 
-    def _plain(self, answer: object) -> Deferred[IResponse]:
-        body = msgspec.json.encode(answer)
+    def _plain(self, answer: object, status: int = 200) -> Deferred[IResponse]:
+        body, delay_seconds = msgspec.json.encode(answer), self._delay_seconds
         return succeed(
             LocalResponse(
-                200, (_JSON,), [body], self._clock, length=len(body), delay_seconds=self._delay_seconds
+                status, (_JSON,), [body], self._clock, length=len(body), delay_seconds=delay_seconds
             )
         )
 

@@ -16,6 +16,7 @@ from zope.interface import implementer
 from crabtwist.errors import ConfigurationError, CredentialMisdirected, UpstreamStatus
 from crabtwist.http_client import BytesBody, OrderedHeaders
 from crabtwist.interfaces import IProvider
+from crabtwist.upstream import parse_uri
 from crabtwist.values import Answer, Call, Headers
 
 #: What people paste from documentation, and what the gateway adds itself.
@@ -53,18 +54,15 @@ def checked_base_url(name: str, base_url: str) -> str:
     """
     Return a base URL without what does not belong to a base.
 
-    Raises `ConfigurationError` if it is none.
+    Raises `ConfigurationError`, which never holds the URL, if it is none that can be asked.
     """
     path = f"providers.{name}.base_url"
     try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigurationError([f"{path}: {base_url!r} is no http:// or https:// URL"])
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ConfigurationError([f"{path}: {base_url!r} may have no user, query or fragment"])
+        origin, target = parse_uri(base_url.encode())
+    except ValueError as error:
+        raise ConfigurationError([f"{path}: {error}"]) from None
+    if origin.port == 0 or b"?" in target:
+        raise ConfigurationError([f"{path}: may have no query, and no port 0"])
     trimmed = base_url.rstrip("/")
     for endpoint in _ENDPOINTS:
         trimmed = trimmed.removesuffix(endpoint)
@@ -77,7 +75,7 @@ class HTTPProvider:
     An upstream that takes the call's body as it is.
 
     `urls` maps the operations that it serves to where they are.  The client's end-to-end fields go first,
-    then `fields`, then the credential; a client's field of the same name as one of ours is replaced.
+    then those of `defaults` that it did not send, then the credential.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class HTTPProvider:
         try:
             listed = msgspec.json.decode(body)
             return [str(model["id"]) for model in listed["data"]]
-        except (msgspec.DecodeError, LookupError, TypeError):
+        except (msgspec.DecodeError, RecursionError, LookupError, TypeError):
             raise UpstreamStatus(
                 f"{self._models_url} answered with status {response.code} and no list of models",
                 Answer(response.code, (), body),

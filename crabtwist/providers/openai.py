@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from crabtwist.providers.http import Credential, HTTPProvider, agent_for, checked_base_url, origin_of
-from crabtwist.settings import Secret
+from crabtwist.settings import Secret, header_word
 
 
 @attrs.frozen
@@ -20,7 +20,7 @@ class OpenAISettings:
     the path of a PEM file with the only authorities to trust.
     """
 
-    api_key: Secret | None = None
+    api_key: Secret | None = attrs.field(default=None, validator=header_word)
     base_url: str = "https://api.openai.com/v1"
     ca_file: str | None = None
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from crabtwist.errors import Refusal
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
+
+#: What anybody may ask for.  Every other path needs a key, also those that lead nowhere: a router that reads
+#: `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
+OPEN_PATHS = frozenset({b"/", b"/api/hello", b"/health", b"/metrics", b"/ready"})
 
 #: A drain lasts seconds; another node, or the next process, will answer by then.
 DRAINING_RETRY_AFTER_SECONDS = 1
@@ -17,7 +22,7 @@ class Admission:
     Looks at each head: whether the gateway still takes work, whose key it is, how the body is encoded.
 
     Called with the request; returns the `Refusal`, or None after having set the request's `admission` to
-    the `VirtualKey`, or to None where nobody needs one.
+    the `VirtualKey`, or to None in a gateway that serves anybody.  `OPEN_PATHS` are for all.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -25,11 +30,12 @@ class Admission:
 
     def __call__(self, request: Any) -> Refusal | None:
         """Admit or refuse."""
-        request.admission = None
-        if not request.path.startswith(b"/v1/"):
-            return None
         try:
+            if request.path in OPEN_PATHS:
+                _refuse_body(request.requestHeaders)
+                return None
             self._refuse_while_draining()
+            _refuse_unreadable(request.path)
             request.admission = self._authenticated(request.requestHeaders)
             _refuse_encoded(request.requestHeaders)
         except Refusal as refusal:
@@ -57,6 +63,20 @@ class Admission:
         if key is None:
             raise Refusal(401, "unknown_key", "this key is not known here; check the key and the base URL")
         return key
+
+
+def _refuse_body(headers: Any) -> None:
+    """Refuse what somebody without a key would make the gateway keep."""
+    length = headers.getRawHeaders(b"content-length", [b"0"])[0]
+    if headers.hasHeader(b"transfer-encoding") or int(length):
+        raise Refusal(413, "body_not_wanted", "this path takes no body")
+
+
+def _refuse_unreadable(path: bytes) -> None:
+    try:
+        unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, "invalid_path", "the path is not UTF-8") from None
 
 
 def _refuse_encoded(headers: Any) -> None:

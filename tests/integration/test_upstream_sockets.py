@@ -192,6 +192,17 @@ class TLSTests(SocketTestCase):
             self.assertEqual(b"hello", await treq.content(await self.ask(agent, b"127.0.0.1", port)))
         self.assertEqual((1, 1), (len(self.server.connections), agent.connections))
 
+    async def test_deaf_server(self) -> None:
+        """A kept connection is closed also if the server never answers the goodbye."""
+        port = self.serve(answer_and_stay, self.options)
+        agent = self.agent(self.ca_file)
+        await treq.content(await self.ask(agent, b"127.0.0.1", port))
+        deaf = self.server.connections[0].transport
+        deaf.pauseProducing()
+        await agent.close()
+        deaf.resumeProducing()
+        await self.server.lost
+
     async def test_leaving_server(self) -> None:
         """No POST is lost when the server closes each connection after its answer."""
         port = self.serve(answer_and_leave, self.options)
@@ -227,9 +238,10 @@ class TLSTests(SocketTestCase):
         """Stopping an answer under TLS closes the socket at once, without waiting for the peer's goodbye."""
         port = self.serve(lambda transport: transport.write(HELLO[:-1]), self.options)
         agent = self.agent(self.ca_file)
-        response = await self.ask(agent, b"127.0.0.1", port)
+        response: Any = await self.ask(agent, b"127.0.0.1", port)
         reader = Protocol()
         response.deliverBody(reader)
+        self.assertEqual(READ_BYTES, response.body._source.transport.transport.bufferSize)
         lost = self.server.lost
         reader.transport.stopProducing()  # type: ignore[union-attr]  # a body's transport is a producer
         self.assertEqual(0, agent.connections)
