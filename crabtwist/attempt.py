@@ -167,7 +167,7 @@ class Attempt:
         said = self.reader.error
         try:
             if said is not None and said.status in CREDENTIAL_STATUSES:
-                raise self._credential_rejected(said.message)
+                raise self._credential_rejected(said.type)
             if said is not None and said.status in TRANSIENT_STATUSES:
                 raise self._status_error(said, self._in_dialect(said, fields), fields)
             if relay.end is not None and relay.end.error is not None and not self.reader.began:
@@ -182,7 +182,7 @@ class Attempt:
         if response.code in CREDENTIAL_STATUSES:
             body = await self._body(response)
             said = self._operation.dialect.read_error(body)
-            raise self._credential_rejected(said.message if said else "")
+            raise self._credential_rejected(said.type if said else "")
         if response.code in TRANSIENT_STATUSES:
             body = await self._body(response)
             said = self._operation.dialect.read_error(body)
@@ -202,9 +202,7 @@ class Attempt:
 
     async def _body(self, response: IResponse) -> bytes:
         """Return a body that is not passed on, or the beginning of an absurd one."""
-        relay = PlainRelay(
-            response, self._clock, self._limits, reader=None, hold_bytes=ERROR_BODY_BYTES
-        )
+        relay = PlainRelay(response, self._clock, self._limits, reader=None, hold_bytes=ERROR_BODY_BYTES)
         relay.open()
         await _until_ready(relay)
         held = relay.held
@@ -217,11 +215,12 @@ class Attempt:
 
     # Words.
 
-    def _credential_rejected(self, message: str) -> CredentialRejected:
+    def _credential_rejected(self, kind: str) -> CredentialRejected:
+        # The upstream's message is not quoted: some repeat the key in it.
         provider = self._deployment.provider.name
         return CredentialRejected(
             f"the upstream {provider!r} refuses the gateway's own credential; tell whoever runs this gateway"
-            + (f" ({message})" if message else "")
+            + (f" ({kind})" if kind else "")
         )
 
     def _status_error(self, said: UpstreamSays, answer: Answer, fields: Headers) -> UpstreamStatus:

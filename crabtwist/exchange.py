@@ -59,7 +59,8 @@ class Exchange:
     """
     One request, its attempts, its answer and its outcome.
 
-    `request` is the client's (`crabtwist.channel.GatewayRequest`), its body read; `principal` its key.
+    `request` is the client's (`crabtwist.gateway_request.GatewayRequest`), its body read; `principal`
+    its key.
     `registry` is read once, here, so a reload in the middle changes nothing for it.
     """
 

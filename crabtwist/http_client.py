@@ -70,7 +70,7 @@ class HTTP1ClientProtocol(Protocol):
         self._exchange: _Exchange | None = None
         self._established: Deferred[None] | None = None
         self._when_lost: list[Deferred[None]] = []
-        self._secure = self._ready = self._lost = self._paused = False
+        self._ready = self._lost = self._paused = False
         # zope.interface has no one name for what can be written to, paused and aborted.
         self._wire: Any = None
         self._tcp: Any = None

@@ -306,7 +306,8 @@ class HTTP1Response:
         Give the body to `protocol`, whose transport is an `IPushProducer` that can also be aborted.
 
         It loses its connection for `ResponseDone` (whole), `PotentialDataLoss` (it ended with the
-        connection, as announced) or `crabtwist.errors.ConnectionBroken`.
+        connection, as announced) or `crabtwist.errors.ConnectionBroken`.  Until a body is read to its end,
+        or stopped (`body.stopProducing()` will do), it keeps its connection busy.
         """
         self.body.attach(protocol)
 

@@ -21,9 +21,11 @@ from twisted.plugin import getPlugins
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
-from crabtwist import channel as channels
-from crabtwist.channel import GatewayChannel, GatewayRequest, HTTPLimits
+from crabtwist import gateway_request
+from crabtwist.channel import GatewayChannel
 from crabtwist.errors import Refusal
+from crabtwist.gateway_request import GatewayRequest
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.values import Headers
 
 #: Connections that the system keeps waiting until they are accepted.
@@ -56,8 +58,8 @@ class GatewayFactory(Site):
         reactor: IReactorTime,
         limits: HTTPLimits | None = None,
         admit: Callable[[GatewayRequest], Refusal | None] = admit_all,
-        refuse: Callable[[int, str, str, bytes], tuple[Headers, bytes]] = channels.refuse,
-        render_refusal: Callable[[GatewayRequest, Refusal], None] = channels.render_refusal,
+        refuse: Callable[[int, str, str, bytes], tuple[Headers, bytes]] = gateway_request.refuse,
+        render_refusal: Callable[[GatewayRequest, Refusal], None] = gateway_request.render_refusal,
     ) -> None:
         # The channel has deadlines of its own, and its requests never parse a body.
         super().__init__(

@@ -20,7 +20,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from crabtwist.attempt import Patience
-from crabtwist.channel import HTTPLimits
 from crabtwist.config import Config
 from crabtwist.dialects.operations import dialect_of
 from crabtwist.downstream import ERROR, REQUEST_ID
@@ -29,6 +28,7 @@ from crabtwist.gateway import Gateway, new_request_id
 from crabtwist.generation import Generation, Services
 from crabtwist.health import Health
 from crabtwist.hooks import Hooks
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.listener import GatewayFactory, Listener
 from crabtwist.metrics import Metrics
 from crabtwist.values import Headers
@@ -70,6 +70,7 @@ class Node(Service):
         self._generation = Generation(config, reactor, metrics)
         self._services = Services(clock=reactor)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
+        self._storage_is_open = False
         self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
         self.gateway = Gateway(
             clock=reactor,
@@ -118,6 +119,7 @@ class Node(Service):
 
     async def _start(self) -> list[IListeningPort]:
         await self._storage.open()
+        self._storage_is_open = True
         for extension in self._extensions:
             if IService.providedBy(extension):
                 extension.startService()
@@ -180,7 +182,8 @@ class Node(Service):
         ]
         closing = [agent.close() for agent in self._services.agents]
         await DeferredList([*stopping, *closing], consumeErrors=True)
-        await self._storage.close()
+        if self._storage_is_open:
+            await self._storage.close()
 
     def _hurry(self) -> None:
         """End everything now: somebody asked twice."""

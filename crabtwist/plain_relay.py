@@ -70,8 +70,11 @@ class PlainRelay(Relay):
             if self._copied_bytes > self._copy_bytes:
                 self._tail = b"".join(self._copied)[-TAIL_BYTES:]
                 self._copied = None
-        else:
+        elif len(data) < TAIL_BYTES:
             self._tail = (self._tail + data)[-TAIL_BYTES:]
+        else:
+            # The object itself, since it waits for a slow client anyhow: a copy would weigh twice.
+            self._tail = data
 
     def _judge(self, failure: Any) -> End:
         end = super()._judge(failure)
@@ -81,7 +84,7 @@ class PlainRelay(Relay):
             if self.copy is not None:
                 self._reader.body(self.copy)
             else:
-                self._reader.tail(self._tail)
+                self._reader.tail(self._tail[-TAIL_BYTES:])
         return end
 
     @property

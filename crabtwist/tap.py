@@ -105,7 +105,7 @@ def _url(listen: str) -> str:
     host, _, port = listen.rpartition(":")
     if not port.isdigit():
         return "http://127.0.0.1:5632"
-    return f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"  # noqa: S104 - read, not bound
+    return f"http://{'127.0.0.1' if host in ('', '0.0.0.0', 'tcp') else host}:{port}"  # noqa: S104 - read, not bound
 
 
 def _report(config: Config, listen: Sequence[str]) -> NoReturn:

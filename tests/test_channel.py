@@ -19,8 +19,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from crabtwist.channel import MAX_PIPELINED_BYTES, GatewayRequest, HTTPLimits
+from crabtwist.channel import MAX_PIPELINED_BYTES
 from crabtwist.errors import Refusal
+from crabtwist.gateway_request import GatewayRequest
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.listener import GatewayFactory
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -180,6 +182,15 @@ class ReadingTests(ChannelTestCase):
         self.wire.hostAddr = UNIXAddress("/run/x.sock")
         self.send(b"POST /models/y HTTP/1.0\r\n\r\n")
         self.assertTrue(self.answered().endswith(b"\r\n\r\ny:"))
+
+
+class HeadOfAnswersTests(ChannelTestCase):
+    """What every answer says."""
+
+    def test_no_version(self) -> None:
+        """Nothing is told of what listens here."""
+        self.send(GET)
+        self.assertNotIn(b"Twisted", self.wire.value())
 
 
 class AdmissionTests(ChannelTestCase):

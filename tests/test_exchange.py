@@ -139,7 +139,7 @@ class PlainTests(ExchangeTestCase):
         self.assertEqual(("fast", "m"), (context.model_asked, context.model))
 
     def test_client_error_is_passed_on(self) -> None:
-        """What the upstream says of the client's own fault goes to the client as it is, and nobody else is asked."""
+        """What the upstream says of the client's own fault goes to the client; nobody else is asked."""
         body = b'{"type":"error","error":{"type":"invalid_request_error","message":"no"}}'
         second = FakeProvider("q")
         self.gateway(FakeProvider("p", [FakeResponse(400, JSON, body)]), second)
@@ -476,9 +476,7 @@ class StreamTests(ExchangeTestCase):
     def test_usage_that_was_asked_for(self) -> None:
         """A client that asked for usage gets it, and its body is not touched."""
         response = FakeResponse(200, EVENT_STREAM)
-        request = self.stream(
-            response, operation="chat.completions", stream_options={"include_usage": True}
-        )
+        request = self.stream(response, operation="chat.completions", stream_options={"include_usage": True})
         response.receive(CHUNK + USAGE + DONE)
         response.end()
         self.assertEqual(CHUNK + USAGE + DONE, request.data)

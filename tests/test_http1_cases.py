@@ -18,8 +18,9 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.server import NOT_DONE_YET
 
-from crabtwist.channel import GatewayRequest, HTTPLimits
 from crabtwist.errors import Refusal
+from crabtwist.gateway_request import GatewayRequest
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.listener import GatewayFactory
 from crabtwist.values import Headers
 from tests.test_channel import CHUNKED, GET, POST, ChannelTestCase, Desk

@@ -19,7 +19,8 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from crabtwist.channel import RESPONSE_BUFFER_BYTES, HTTPLimits
+from crabtwist.channel import RESPONSE_BUFFER_BYTES
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.listener import GatewayFactory, Listener, parse_listen
 from tests.test_channel import GET, POST, ChannelTestCase, Desk, Wire
 

@@ -1,0 +1,110 @@
+"""A client's request with its body in memory, and the gateway's plainest refusals of it."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from io import BytesIO
+from typing import Any
+
+from twisted.python.failure import Failure
+from twisted.web import http, server
+
+from crabtwist.errors import Refusal
+from crabtwist.http_reader import Head
+from crabtwist.values import Headers
+
+
+class GatewayRequest(server.Request):
+    """
+    A request with its body in memory.
+
+    `fields` are the header fields in wire order, names as they were written, beside `requestHeaders`.
+    `head_received_at` is on the factory's clock, in seconds.  `admission` is for `admit` to leave what it
+    found for those who come after it; whatever type that is, it is theirs.  No cookies and no forms are
+    parsed.
+    """
+
+    #: None before and after: Twisted deletes it from a finished request.
+    channel: Any = None
+    body: bytes = b""
+    fields: Headers = ()
+    head_received_at: float = 0.0
+    admission: Any = None
+
+    def take_head(self, head: Head, now: float) -> None:
+        """Become the request of this head."""
+        self.method, self.uri, self.clientproto = head.method, head.target, head.version
+        self.path = head.target.partition(b"?")[0]
+        self.requestHeaders, self.fields = head.headers, head.fields
+        self.head_received_at = now
+
+    def take_body(self, body: bytes) -> None:
+        """Have this body, whole."""
+        self.body = body
+        self.content = BytesIO(body)
+
+    @property
+    def query(self) -> bytes:
+        """What follows the target's first `?`, undecoded."""
+        return self.uri.partition(b"?")[2]
+
+    @cached_property
+    def args(self) -> dict[bytes, list[bytes]]:  # type: ignore[override]  # Twisted's is a plain attribute
+        """The query's names and values, decoded, those without `=` left out."""
+        parsed: dict[bytes, list[bytes]] = http.parse_qs(self.query, 1)
+        return parsed
+
+    def getRequestHostname(self) -> bytes:
+        """Return the host that was asked for; HTTP/1.0 need not say one, and a Unix socket has none."""
+        return super().getRequestHostname() if self.getHeader(b"host") else b"localhost"
+
+    def abort(self) -> None:
+        """
+        End the connection at once, so that the answer cannot be taken for a whole one.
+
+        `notifyFinish` errbacks soon after.  Harmless when the request has ended.
+        """
+        if self.channel is not None:
+            self.channel.abort()
+
+    def finish(self) -> None:
+        """End the answer as a whole one, unless it was aborted."""
+        if self.channel is None or not self.channel.is_aborted:
+            super().finish()
+
+    def processingFailed(self, reason: Failure) -> Failure:
+        """Log what the code that should have answered raised; the client is told that it failed."""
+        self._log.failure("A request was not answered", failure=reason)
+        if self.startedWriting:
+            self.abort()
+        elif self.channel is not None:
+            self.channel.refuse(internal_error())
+        return reason
+
+
+def refuse(status: int, slug: str, message: str, path: bytes) -> tuple[Headers, bytes]:  # noqa: ARG001 - for those who word it by path
+    """Return a refusal's header fields and body: OpenAI's and Anthropic's common denominator."""
+    kind = "invalid_request_error" if status < 500 else "api_error"
+    body = json.dumps({"error": {"type": kind, "message": message}}).encode()
+    return ((b"content-type", b"application/json"), (b"x-crabtwist-error", slug.encode())), body
+
+
+def render_refusal(request: GatewayRequest, refusal: Refusal) -> None:
+    """Answer a request with a refusal, whole."""
+    fields, body = refuse(refusal.status, refusal.slug, refusal.message, request.path)
+    request.setResponseCode(refusal.status)
+    for name, value in (*fields, *wire_fields(refusal), (b"content-length", b"%d" % len(body))):
+        request.setHeader(name, value)
+    request.write(body)
+    request.finish()
+
+
+def wire_fields(refusal: Refusal) -> Headers:
+    """Return a refusal's own header fields as they are sent."""
+    return tuple((name.encode(), value.encode()) for name, value in refusal.headers.items())
+
+
+def internal_error() -> Refusal:
+    """Return the refusal that stands for a fault of the gateway's own."""
+    return Refusal(500, "internal_error", "The gateway failed to answer; its log says why.")
