@@ -106,7 +106,7 @@ class Attempt:
         if 200 <= response.code < 300:
             if call.stream:
                 return await self._stream(response, fields)
-            return await self._plain(response, fields)
+            return await self._plain(response, fields, self.reader if self._operation.counts else None)
         return await self._not_successful(response, fields)
 
     async def _head(self, call: Call) -> IResponse:
@@ -119,13 +119,18 @@ class Attempt:
         except DeferredTimeoutError:
             raise HeadTimedOut(f"the upstream sent no response head within {seconds:g} seconds") from None
         except Exception as error:
-            _log.failure("the provider {provider} failed", provider=self._deployment.provider.name)
+            _log.failure(
+                "{request_id}: the provider {provider} failed",
+                request_id=self._context.request_id,
+                provider=self._deployment.provider.name,
+            )
             raise ConnectionBroken(f"the provider failed: {type(error).__name__}") from error
 
-    # Answers of status 200.
+    # Answers.
 
-    async def _plain(self, response: IResponse, fields: Headers) -> Reply:
-        relay = self._plain_relay(response, self.reader if self._operation.counts else None)
+    async def _plain(self, response: IResponse, fields: Headers, reader: AnswerReader | None) -> Reply:
+        copy_bytes = self._patience.max_answer_copy_bytes if self._hooks.want_answers else HOLD_BYTES
+        relay = PlainRelay(response, self._clock, self._limits, reader=reader, copy_bytes=copy_bytes)
         relay.open()
         await _until_ready(relay)
         if relay.end is not None and relay.end.error is not None:
@@ -176,7 +181,7 @@ class Attempt:
             relay.stop()
             raise
 
-    # Other answers.
+    # What is not passed on at once.
 
     async def _not_successful(self, response: IResponse, fields: Headers) -> Reply:
         if response.code in CREDENTIAL_STATUSES:
@@ -193,12 +198,7 @@ class Attempt:
             raise Redirected(
                 f"the upstream answered with status {response.code}, which the gateway never follows"
             )
-        relay = self._plain_relay(response, None)
-        relay.open()
-        await _until_ready(relay)
-        if relay.end is not None and relay.end.error is not None:
-            raise relay.end.error
-        return Reply(response.code, downward(fields), relay, self.reader)
+        return await self._plain(response, fields, None)
 
     async def _body(self, response: IResponse) -> bytes:
         """Return a body that is not passed on, or the beginning of an absurd one."""
@@ -208,10 +208,6 @@ class Attempt:
         held = relay.held
         relay.stop()
         return held
-
-    def _plain_relay(self, response: IResponse, reader: AnswerReader | None) -> PlainRelay:
-        copy_bytes = self._patience.max_answer_copy_bytes if self._hooks.want_answers else HOLD_BYTES
-        return PlainRelay(response, self._clock, self._limits, reader=reader, copy_bytes=copy_bytes)
 
     # Words.
 

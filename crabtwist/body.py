@@ -16,15 +16,13 @@ import attrs
 import msgspec
 
 from crabtwist.errors import Refusal
+from crabtwist.settings import LONGEST_MODEL_NAME
 
 #: The top-level keys that the gateway reads; each may stand once, spelled just so.
 KEYS_READ = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "stream_options"})
 
 #: How deep arrays and objects may nest, if the configuration does not say.
 MAX_JSON_DEPTH = 64
-
-#: A model's name, in characters.
-MAX_MODEL_LENGTH = 256
 
 #: The largest whole number that every JSON parser reads alike (RFC 8259, section 6).
 MAX_EXACT_INTEGER = 2**53 - 1
@@ -191,6 +189,8 @@ def _members(data: bytes) -> list[tuple[str, msgspec.Raw]]:
 def _reason(text: str) -> str:
     if "truncated" in text:
         return "it ends too early, or holds half of a surrogate pair"
+    # After `\ud800` the other half's escape is expected, and its absence is all that msgspec tells.
+    text = text.replace("unexpected end of hex escape", "half of a surrogate pair")
     return text.removeprefix("JSON is malformed: ")
 
 
@@ -239,8 +239,8 @@ def _model(raw: bytes | None) -> str:
     model = _decode(raw)
     if not isinstance(model, str) or not model:
         raise invalid('"model" has to be a string that is not empty')
-    if len(model) > MAX_MODEL_LENGTH:
-        raise invalid(f'"model" is longer than {MAX_MODEL_LENGTH} characters')
+    if len(model) > LONGEST_MODEL_NAME:
+        raise invalid(f'"model" is longer than {LONGEST_MODEL_NAME} characters')
     if _UNPRINTABLE.search(model):
         raise invalid('"model" holds control characters')
     return model

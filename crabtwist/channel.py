@@ -18,13 +18,13 @@ from twisted.python.failure import Failure
 from twisted.web import http, server
 from twisted.web.http_headers import Headers as HeaderMap
 
-from crabtwist.errors import Refusal
-from crabtwist.gateway_request import GatewayRequest, internal_error, wire_fields
+from crabtwist.errors import Refusal, internal_error
+from crabtwist.gateway_request import GatewayRequest
 from crabtwist.http_reader import BodyReader, ChunkReader, Head, HeadReader, HTTPLimits, tokens, too_large
 from crabtwist.values import Headers
 
 #: Unsent bytes of an answer that make Twisted pause its producer; also the most that one read brings.
-RESPONSE_BUFFER_BYTES = 16 * 1024
+RESPONSE_BUFFER_BYTES = 8 * 1024
 #: What a client may send ahead while its request is handled, before its connection is read no further.
 MAX_PIPELINED_BYTES = 16 * 1024
 
@@ -72,7 +72,7 @@ class GatewayChannel(http.HTTPChannel):
         self._body: BodyReader | ChunkReader | None = None
         self._input: list[bytes] = []
         self._input_bytes = 0
-        self._is_advancing = self._is_ending = False
+        self._is_advancing = self._is_ending = self._has_answered = False
         #: Whether the client may still be sending a request that has been answered.
         self._is_unread = False
         #: The first head's time runs from connecting.
@@ -85,6 +85,11 @@ class GatewayChannel(http.HTTPChannel):
         """Whether nothing of a request, and nothing of an ending, is in hand."""
         has_head = self._head is not None and self._head.has_begun
         return not (self.requests or has_head or self._input or self._is_ending)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether its first request may still be on the way."""
+        return self.is_idle and not self._has_answered
 
     # The connection.
 
@@ -297,6 +302,7 @@ class GatewayChannel(http.HTTPChannel):
     def requestDone(self, request: GatewayRequest) -> None:
         """Go on to what the client has sent ahead, or end."""
         self.requests.remove(request)
+        self._has_answered = True
         self._set_buffer(FileDescriptor.bufferSize)
         if self._is_ending:
             return
@@ -335,7 +341,7 @@ class GatewayChannel(http.HTTPChannel):
         method, path = self._head.method_and_path if self._head is not None else (b"", b"")
         fields, body = self.owner.refuse(refusal.status, refusal.slug, refusal.message, path)
         headers = HeaderMap()
-        for name, value in (*fields, *wire_fields(refusal), (b"content-length", b"%d" % len(body))):
+        for name, value in (*fields, *refusal.fields, (b"content-length", b"%d" % len(body))):
             headers.addRawHeader(name, value)
         reason = http.RESPONSES.get(refusal.status, b"Refused")
         self.writeHeaders(b"HTTP/1.1", b"%d" % refusal.status, reason, headers)

@@ -62,8 +62,8 @@ class ProviderSettings:
 
     `weight` 0 means that the provider is asked only when all others failed.  `timeout` lasts from the
     request until the response head, `idle_timeout` from one byte of the body to the next.
-    `retry_deadline` bounds all attempts of one request at this provider, `connection_wait` the wait for
-    one of `max_connections` to become free.
+    No attempt at it starts later than `retry_deadline` after the first; `connection_wait` bounds the wait
+    for one of `max_connections` to become free.
     """
 
     kind: str
@@ -293,7 +293,8 @@ def _provider(
     common = read(ProviderSettings, common_table, where, complaints)
     if common is not None:
         _check_models(common.models, f"{where}.models", complaints)
-    maker = pick(makers.providers, common_table["kind"], "provider kind", f"{where}.kind", makers, complaints)
+    said_by = f"{where}.kind" if "kind" in table else f"{where} (without a `kind`, the name is the kind)"
+    maker = pick(makers.providers, common_table["kind"], "provider kind", said_by, makers, complaints)
     if maker is None:
         return None
     own_table = {key: value for key, value in table.items() if key not in _COMMON}

@@ -68,20 +68,6 @@ def discover(package: ModuleType | None = None) -> Makers:
     return Makers(providers, extensions, storages, MappingProxyType(failed))
 
 
-def find(interface: InterfaceClass, package: ModuleType | None = None) -> Mapping[str, Any]:
-    """
-    Return the makers that provide `interface` in `package` (`twisted.plugins` if None), by their words.
-
-    Drop-ins that cannot be imported are logged and left out.  Raises `ConfigurationError` when two
-    makers have the same word.
-    """
-    complaints: list[str] = []
-    found = _named(interface, _cache(package or twisted.plugins), {}, complaints)
-    if complaints:
-        raise ConfigurationError(complaints)
-    return found
-
-
 def missing(sort: str, word: str, known: Iterable[str], failed: Mapping[str, str]) -> str:
     """
     Return what to say when no maker of a sort ("provider kind", "extension", ...) has this word.

@@ -49,6 +49,8 @@ class Downstream:
         """Say the head; without a length the body is chunked.  Once."""
         self.status = status
         self._request.setResponseCode(status)
+        # An answer of no type stays so; Twisted would call it HTML.
+        self._request.defaultContentType = None
         headers = self._request.responseHeaders
         # The answer's own Server and Date, if it has them, replace Twisted's.
         for name in {name.lower() for name, _ in fields}:
@@ -112,7 +114,7 @@ def refusal_answer(refusal: Refusal, dialect: Dialect, request_id: str) -> Answe
         headers=(
             (b"content-type", b"application/json"),
             (ERROR, refusal.slug.encode()),
-            *((name.encode(), value.encode()) for name, value in refusal.headers.items()),
+            *refusal.fields,
         ),
         body=dialect.error_body(refusal.status, refusal.type, refusal.slug, refusal.message, request_id),
     )

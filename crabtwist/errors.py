@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from crabtwist.values import Answer
+from crabtwist.values import Answer, Headers
 
 
 class CrabtwistError(Exception):
@@ -54,6 +54,11 @@ class Refusal(CrabtwistError):
         self.message = message
         self.headers = dict(headers or {})
 
+    @property
+    def fields(self) -> Headers:
+        """`headers` as they are sent."""
+        return tuple((name.encode(), value.encode()) for name, value in self.headers.items())
+
 
 class Refused(Refusal):
     """
@@ -72,6 +77,11 @@ class Refused(Refusal):
         slug: str = "refused",
     ) -> None:
         super().__init__(status, slug, message, type=type, headers=headers)
+
+
+def internal_error() -> Refusal:
+    """Return the refusal that stands for a fault of the gateway's own."""
+    return Refusal(500, "internal_error", "the gateway failed; its log says why")
 
 
 class UpstreamError(CrabtwistError):
@@ -204,3 +214,11 @@ class ErrorEvent(AnswerBroken):
     """The upstream itself said, in mid-stream, that it failed."""
 
     slug = "upstream_error_event"
+
+
+class ShuttingDown(UpstreamError):
+    """The gateway is being stopped, and the answer took longer than it may."""
+
+    slug = "shutting_down"
+    status = 503
+    final = True

@@ -7,6 +7,7 @@ whatever happens on the way, `_settle` is its last line.
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -19,7 +20,7 @@ from crabtwist import values
 from crabtwist.attempt import Attempt, Patience, Reply
 from crabtwist.dialects.operations import Operation
 from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
-from crabtwist.errors import Refusal, UpstreamError
+from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_error
 from crabtwist.headers import upward
 from crabtwist.health import Health
 from crabtwist.hooks import Hooks
@@ -33,12 +34,15 @@ from crabtwist.values import Answer, Call, Context, EndedBy, Outcome, Usage
 
 _log = Logger()
 
+#: A stop lasts seconds; another node, or the next process, will answer by then.
+STOPPING_RETRY_AFTER_SECONDS = 1
+
 
 class Surroundings(Protocol):
     """What an exchange needs of the gateway."""
 
     clock: IReactorTime
-    random: Any
+    random: Random
     hooks: Hooks
     health: Health
     metrics: Metrics
@@ -47,21 +51,13 @@ class Surroundings(Protocol):
     inject_stream_usage: bool
 
 
-class ShuttingDown(UpstreamError):
-    """The gateway is being stopped, and the answer took longer than it may."""
-
-    slug = "shutting_down"
-    status = 503
-    final = True
-
-
 class Exchange:
     """
     One request, its attempts, its answer and its outcome.
 
     `request` is the client's (`crabtwist.gateway_request.GatewayRequest`), its body read; `principal`
-    its key.
-    `registry` is read once, here, so a reload in the middle changes nothing for it.
+    its key.  `registry` is read once, by whoever makes this, so a reload in the middle changes nothing
+    for it.
     """
 
     def __init__(
@@ -96,6 +92,7 @@ class Exchange:
         self._usage: Usage | None = None
         self._model_answered: str | None = None
         self._cache_hit = False
+        self._fidelity = b"verbatim"
         self._interrupted: ShuttingDown | None = None
         self._running: Deferred[None] | None = None
 
@@ -292,10 +289,15 @@ class Exchange:
         return end.ended_by, end.reason, None
 
     def _show_answer(self, reply: Reply) -> None:
-        relay = reply.relay
-        if isinstance(relay, PlainRelay) and relay.copy is not None and self._gateway.hooks.want_answers:
-            answer = Answer(reply.status, reply.headers, relay.copy)
-            self._gateway.hooks.responded(self.context, self._request.body, answer)
+        gateway = self._gateway
+        copy = reply.relay.copy if isinstance(reply.relay, PlainRelay) else None
+        if copy is None or not gateway.hooks.want_answers:
+            return
+        # The relay has copied a small answer whatever the limit is.
+        if len(copy) <= gateway.patience.max_answer_copy_bytes:
+            gateway.hooks.responded(
+                self.context, self._request.body, Answer(reply.status, reply.headers, copy)
+            )
 
     # Ending otherwise.
 
@@ -319,9 +321,9 @@ class Exchange:
             return "gateway", "internal_error", "CancelledError"
         if self._interrupted is None:
             return "client", "client_left", None
-        refusal = Refusal(
-            503, self._interrupted.slug, self._interrupted.message, headers={"retry-after": "1"}
-        )
+        why = self._interrupted
+        headers = {"retry-after": str(STOPPING_RETRY_AFTER_SECONDS)}
+        refusal = Refusal(why.status, why.slug, why.message, headers=headers)
         self._refuse(refusal)
         return "gateway", refusal.slug, refusal.message
 
@@ -330,8 +332,7 @@ class Exchange:
         if self._reply is not None:
             self._reply.relay.stop()
         if self._client.status is None:
-            refusal = Refusal(500, "internal_error", "the gateway failed; its log says why")
-            self._refuse(refusal)
+            self._refuse(internal_error())
         else:
             self._client.abort()
 

@@ -29,7 +29,7 @@ _TOP = """\
 # Where to listen: here, for this machine alone.  Endpoint strings of Twisted's are fine as well.
 listen = "127.0.0.1:5632"
 
-# Whoever sends this as `Authorization: Bearer TOKEN` may use the admin routes.  None without it.
+# Reserved for the admin API, which is not there yet.
 admin_token = "{admin_token}"
 
 # How long requests may go on after the order to stop, in seconds.

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.python.failure import Failure
 from twisted.web import http, server
 
-from crabtwist.errors import Refusal
+from crabtwist.errors import Refusal, internal_error
 from crabtwist.http_reader import Head
 from crabtwist.values import Headers
 
@@ -94,17 +94,7 @@ def render_refusal(request: GatewayRequest, refusal: Refusal) -> None:
     """Answer a request with a refusal, whole."""
     fields, body = refuse(refusal.status, refusal.slug, refusal.message, request.path)
     request.setResponseCode(refusal.status)
-    for name, value in (*fields, *wire_fields(refusal), (b"content-length", b"%d" % len(body))):
+    for name, value in (*fields, *refusal.fields, (b"content-length", b"%d" % len(body))):
         request.setHeader(name, value)
     request.write(body)
     request.finish()
-
-
-def wire_fields(refusal: Refusal) -> Headers:
-    """Return a refusal's own header fields as they are sent."""
-    return tuple((name.encode(), value.encode()) for name, value in refusal.headers.items())
-
-
-def internal_error() -> Refusal:
-    """Return the refusal that stands for a fault of the gateway's own."""
-    return Refusal(500, "internal_error", "The gateway failed to answer; its log says why.")

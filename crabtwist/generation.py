@@ -11,11 +11,13 @@ from twisted.internet.defer import DeferredList, maybeDeferred
 from zope.interface import implementer
 
 from crabtwist.config import Config, ConfiguredProvider, ProviderSettings
+from crabtwist.connection_pool import ConnectionLimits
+from crabtwist.errors import ConfigurationError
 from crabtwist.interfaces import IServices
 from crabtwist.keys import KeyRing
 from crabtwist.metrics import Metrics
 from crabtwist.routing import Deployment, Registry
-from crabtwist.upstream import ConnectionLimits, UpstreamAgent
+from crabtwist.upstream import UpstreamAgent
 
 
 @implementer(IServices)
@@ -40,17 +42,24 @@ class Generation:
     One configuration's providers, registry and keys.
 
     Made without side effects; `start` and `stop` do for those providers that are services.  Raises
-    `ConfigurationError` if a provider cannot be made.
+    `ConfigurationError` with why each of the providers that cannot be made cannot.
     """
 
     def __init__(self, config: Config, reactor: Any, metrics: Metrics) -> None:
         self._services: list[Services] = []
         self._providers: list[Any] = []
-        deployments = []
+        deployments: list[Deployment] = []
+        complaints: list[str] = []
         for configured in config.providers:
-            provider = self._make(configured, reactor, metrics)
-            self._providers.append(provider)
-            deployments += _deployments(provider, configured.common)
+            try:
+                provider = self._make(configured, reactor, metrics)
+            except ConfigurationError as error:
+                complaints += error.complaints
+            else:
+                self._providers.append(provider)
+                deployments += _deployments(provider, configured.common)
+        if complaints:
+            raise ConfigurationError(complaints)
         self.registry = Registry(deployments, config.aliases)
         self.keys = None if config.allow_anonymous else KeyRing(config.keys)
 

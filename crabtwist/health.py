@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import attrs
 
+#: An upstream that asks for a longer rest than this many cool-downs is not believed.
+MOST_COOLDOWNS = 10
+
 
 @attrs.define
 class _Record:
@@ -30,11 +33,11 @@ class Health:
         self._records: dict[str, _Record] = {}
 
     def failed(self, deployment: str, now: float, retry_after_seconds: float | None = None) -> None:
-        """Count a failure; an upstream that said when to come back is believed, within reason."""
+        """Count a failure; a rest that the upstream asked for (`Retry-After`) prolongs the cool-down."""
         record = self._records.setdefault(deployment, _Record())
         record.failures += 1
         if record.failures >= self._failures:
-            wait = min(retry_after_seconds or 0.0, 10 * self._seconds)
+            wait = min(retry_after_seconds or 0.0, MOST_COOLDOWNS * self._seconds)
             record.cool_until = now + max(self._seconds, wait)
 
     def succeeded(self, deployment: str) -> None:

@@ -18,6 +18,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from crabtwist.errors import ConfigurationError, Refusal, UpstreamError
 from crabtwist.extension import Extension
@@ -95,7 +96,11 @@ class Hooks:
             except (CancelledError, Refusal):
                 raise
             except Exception as error:
-                _log.failure("the guard {extension} failed; the request is refused", extension=hook.extension)
+                _log.failure(
+                    "{request_id}: the guard {extension} failed; the request is refused",
+                    request_id=context.request_id,
+                    extension=hook.extension,
+                )
                 raise Refusal(
                     500,
                     "guard_failed",
@@ -111,7 +116,11 @@ class Hooks:
             except CancelledError:
                 raise
             except Exception:
-                _log.failure("the cache {extension} failed; going on without", extension=hook.extension)
+                _log.failure(
+                    "{request_id}: the cache {extension} failed; going on without",
+                    request_id=context.request_id,
+                    extension=hook.extension,
+                )
                 continue
             if answer is not None:
                 return answer  # type: ignore[no-any-return] # the hook's contract
@@ -140,25 +149,32 @@ class Hooks:
             return result
         return await result.addTimeout(self._timeout_seconds, self._clock, _timed_out)
 
-    def _tell(self, hooks: tuple[_Hook, ...], *args: object) -> None:
+    def _tell(self, hooks: tuple[_Hook, ...], context: Context, *args: object) -> None:
         for hook in hooks:
             try:
-                result = hook.call(*args)
+                result = hook.call(context, *args)
             except Exception:
-                _log.failure("the extension {extension} failed", extension=hook.extension)
+                _crashed(hook.extension, context, Failure())
                 continue
             if result is not None:
-                _watch(hook.extension, result)
+                _watch(hook.extension, context, result)
 
 
 def _timed_out(_result: object, timeout_seconds: float) -> Any:
     raise DeferredTimeoutError(f"no answer within {timeout_seconds} seconds")
 
 
-def _watch(extension: str, result: Deferred[Any] | Coroutine[Any, Any, Any]) -> None:
+def _watch(extension: str, context: Context, result: Deferred[Any] | Coroutine[Any, Any, Any]) -> None:
     """Log what a watcher's Deferred fails with; nothing waits for it."""
     deferred = Deferred.fromCoroutine(result) if iscoroutine(result) else result
     if isinstance(deferred, Deferred):
-        deferred.addErrback(
-            lambda failure: _log.failure("the extension {extension} failed", failure, extension=extension)
-        )
+        deferred.addErrback(lambda failure: _crashed(extension, context, failure))
+
+
+def _crashed(extension: str, context: Context, failure: Failure) -> None:
+    _log.failure(
+        "{request_id}: the extension {extension} failed",
+        failure,
+        request_id=context.request_id,
+        extension=extension,
+    )

@@ -28,7 +28,7 @@ from crabtwist.http_response import MAX_HEAD_BYTES, MAX_HEADERS, HTTP1Response, 
 __all__ = ["BytesBody", "HTTP1ClientProtocol", "HTTP1Request", "HTTP1Response", "OrderedHeaders"]
 
 #: The most that one read takes from a socket, and so the most that an answer nobody reads holds.
-READ_BYTES: Final = 32 * 1024
+READ_BYTES: Final = 16 * 1024
 
 
 @attrs.define(eq=False)

@@ -96,14 +96,14 @@ def judge(raw: bytes, fields: Headers, limits: HTTPLimits) -> Head:
     is_1_1 = version == b"1.1"
     _check_host(headers.getRawHeaders(b"host", []), is_required=is_1_1)
     return Head(
-        method,
-        target,
-        b"HTTP/" + version,
-        fields,
-        headers,
-        _body_length(headers, may_be_chunked=is_1_1),
-        is_1_1 and b"close" not in tokens(headers, b"connection"),
-        is_1_1 and _awaits_continue(headers),
+        method=method,
+        target=target,
+        version=b"HTTP/" + version,
+        fields=fields,
+        headers=headers,
+        length=_body_length(headers, may_be_chunked=is_1_1),
+        keep_alive=is_1_1 and b"close" not in tokens(headers, b"connection"),
+        awaits_continue=is_1_1 and _awaits_continue(headers),
     )
 
 

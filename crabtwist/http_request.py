@@ -11,11 +11,11 @@ from typing import Any, AnyStr
 import attrs
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IConsumer, IPushProducer
-from twisted.web.http_headers import Headers
+from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IClientRequest
 from zope.interface import implementer
 
-from crabtwist import values
+from crabtwist.values import Headers
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -46,7 +46,7 @@ class BytesBody:
         """Do nothing: there is nothing to come."""
 
 
-class OrderedHeaders(Headers):
+class OrderedHeaders(HeaderMap):
     """
     Header fields that go out exactly as given: order, repetition and spelling.
 
@@ -55,7 +55,7 @@ class OrderedHeaders(Headers):
 
     def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
         super().__init__()
-        self.fields: values.Headers = tuple(fields)
+        self.fields: Headers = tuple(fields)
         for name, value in self.fields:
             super().addRawHeader(name, value)
 
@@ -85,7 +85,7 @@ def _encoded(name: str | bytes) -> bytes:
     return name.encode("iso-8859-1") if isinstance(name, str) else name
 
 
-def _fields(headers: Headers | None) -> Iterable[tuple[bytes, bytes]]:
+def _fields(headers: HeaderMap | None) -> Iterable[tuple[bytes, bytes]]:
     if headers is None:
         return ()
     if isinstance(headers, OrderedHeaders):
@@ -102,7 +102,7 @@ def _framing(method: bytes, body: IBodyProducer | None) -> list[tuple[bytes, byt
 
 
 def render_head(
-    method: bytes, target: bytes, host: bytes, headers: Headers | None, body: IBodyProducer | None
+    method: bytes, target: bytes, host: bytes, headers: HeaderMap | None, body: IBodyProducer | None
 ) -> bytes:
     """
     Return a request's head as it goes out.
@@ -133,7 +133,7 @@ class HTTP1Request:
 
     method: bytes
     absoluteURI: bytes = attrs.field(repr=False)
-    headers: Headers = attrs.field(repr=False)
+    headers: HeaderMap = attrs.field(repr=False)
     head: bytes = attrs.field(repr=False)
     body: IBodyProducer | None = attrs.field(repr=False, default=None)
 

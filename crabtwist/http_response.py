@@ -13,14 +13,14 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from twisted.internet.interfaces import IProtocol, IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.http_headers import Headers
+from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import UNKNOWN_LENGTH, IClientRequest, IResponse
 from zope.interface import implementer
 
-from crabtwist import values
 from crabtwist.errors import ConnectionBroken
+from crabtwist.values import Headers
 
-log = Logger()
+_log = Logger()
 
 #: The most that may go by without a byte of body: a head, interim answers, trailers, chunk extensions.
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -55,7 +55,7 @@ class ResponseParser:
         self.code = 0
         self.phrase = b""
         self.version = (b"HTTP", 1, 1)
-        self.raw_headers: values.Headers = ()
+        self.raw_headers: Headers = ()
         self.length: int | str = UNKNOWN_LENGTH
         self.head_complete = self.complete = self.until_close = self.reusable = False
         self.fault: ConnectionBroken | None = None
@@ -266,7 +266,7 @@ class ResponseBody:
         try:
             call(argument)
         except Exception:
-            log.failure("a body's reader failed")
+            _log.failure("a body's reader failed")
             if not self._told:
                 self._end = ConnectionBroken("the body's reader failed")
                 self.stopProducing()
@@ -285,18 +285,18 @@ class HTTP1Response:
     version: tuple[bytes, int, int]
     code: int
     phrase: bytes
-    raw_headers: values.Headers = attrs.field(repr=False)
+    raw_headers: Headers = attrs.field(repr=False)
     length: int | str
     request: IClientRequest = attrs.field(repr=False)
     body: ResponseBody = attrs.field(repr=False)
     previousResponse: IResponse | None = attrs.field(repr=False, default=None)
-    _headers: Headers | None = attrs.field(repr=False, default=None, init=False)
+    _headers: HeaderMap | None = attrs.field(repr=False, default=None, init=False)
 
     @property
-    def headers(self) -> Headers:
+    def headers(self) -> HeaderMap:
         """The fields by name; made when first asked for."""
         if self._headers is None:
-            self._headers = Headers()
+            self._headers = HeaderMap()
             for name, value in self.raw_headers:
                 self._headers.addRawHeader(name, value)
         return self._headers

@@ -54,9 +54,11 @@ class IProvider(Interface):
         Send one `crabtwist.values.Call` upstream.
 
         Returns a Deferred that fires with a `twisted.web.iweb.IResponse` when the response head has come,
-        whatever its status, or fails with a `crabtwist.errors.UpstreamError`.  Cancelling it, or
-        stopping the body's producer later, closes the connection at once.  Called once per attempt;
-        it never retries by itself, but for a kept connection that turns out to be dead.
+        whatever its status, or fails with a `crabtwist.errors.UpstreamError`; any other failure is
+        logged and counts as a broken connection.  Cancelling it, or stopping the body's producer later,
+        closes the connection at once.  Called once per attempt; it never retries by itself, but for a
+        kept connection that turns out to be dead.  If the response has `raw_headers`
+        (`crabtwist.values.Headers`), they are read in place of its `headers`, which know no order.
         """
 
     def list_models():  # type: ignore[no-untyped-def]
@@ -72,7 +74,8 @@ class IServices(Interface):
         """
         Return a new `twisted.web.iweb.IAgent` with its own pool of connections.
 
-        Its timeouts and bounds are those of the provider's table in the configuration.  It speaks
+        Its timeouts and bounds are those of the provider's table in the configuration, the defaults for
+        extensions and stores.  It speaks
         HTTP/1.1, verifies TLS (against `ca_file`, the path of a PEM file, when that is not None), follows
         no redirects, keeps no cookies, decodes nothing, and fails with our errors.
         """
@@ -122,9 +125,11 @@ class IExtension(Interface):
 
     def on_chunk(context, event):  # type: ignore[no-untyped-def]
         """
-        Each event of a stream, a `crabtwist.sse.Event`, in order, as it is relayed.
+        Each event of a stream, a `crabtwist.sse.Event`, in order, as it comes from the upstream.
 
-        Must not return a Deferred: the bytes do not wait.
+        Must not return a Deferred: the bytes do not wait.  Also called for the first event of an attempt
+        that is then given up for it, and for the chunk that is kept from the client
+        (`inject_stream_usage`); not for an event larger than `max_event_bytes`.
         """
 
     def on_error(context, error):  # type: ignore[no-untyped-def]

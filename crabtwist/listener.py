@@ -130,7 +130,8 @@ class GatewayFactory(Site):
         """
         self.draining = True
         for channel in list(self._channels):
-            if channel.is_idle:
+            # Whoever has just connected has a request on the way, and deserves its answer.
+            if channel.is_idle and not channel.is_fresh:
                 channel.loseConnection()
         drained: Deferred[int] = Deferred(self._drains.remove)
         self._drains.append(drained)

@@ -2,7 +2,7 @@
 Prometheus metrics.
 
 Names and labels are the reference system's, with `crabtwist_` for its prefix.  Label values are
-bounded: a model that is not served is "other", and nobody's deployment is "none".
+bounded: a model that is not served is "other", and the provider is "none" where none was asked.
 """
 
 from __future__ import annotations

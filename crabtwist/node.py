@@ -21,10 +21,8 @@ from twisted.python.failure import Failure
 
 from crabtwist.attempt import Patience
 from crabtwist.config import Config
-from crabtwist.dialects.operations import dialect_of
-from crabtwist.downstream import ERROR, REQUEST_ID
-from crabtwist.errors import ConfigurationError
-from crabtwist.gateway import Gateway, new_request_id
+from crabtwist.errors import ConfigurationError, Refusal
+from crabtwist.gateway import Gateway
 from crabtwist.generation import Generation, Services
 from crabtwist.health import Health
 from crabtwist.hooks import Hooks
@@ -33,7 +31,7 @@ from crabtwist.listener import GatewayFactory, Listener
 from crabtwist.metrics import Metrics
 from crabtwist.values import Headers
 from crabtwist.web.admission import Admission
-from crabtwist.web.answers import send_refusal
+from crabtwist.web.answers import refuse_unread, send_refusal
 from crabtwist.web.app import make_app
 
 #: How long the last words to those that were interrupted may take.
@@ -96,22 +94,15 @@ class Node(Service):
         )
 
     def _refuse_bad_http(self, status: int, slug: str, message: str, path: bytes) -> tuple[Headers, bytes]:
-        """Word what is wrong with a request that cannot be read; its path is all that tells the dialect."""
         self.gateway.metrics.refused(slug)
-        request_id = new_request_id()
-        dialect = dialect_of(path, anthropic_client=True)
-        fields = (
-            (b"content-type", b"application/json"),
-            (ERROR, slug.encode()),
-            (REQUEST_ID, request_id.encode()),
-        )
-        return fields, dialect.error_body(status, None, slug, message, request_id)
+        return refuse_unread(Refusal(status, slug, message), path)
 
     # Starting.
 
     def startService(self) -> None:
         """Start; what fails is logged, and ends the process."""
         super().startService()
+        # A signal is met between any two steps of the reactor's; only `callFromThread` also wakes it.
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self.reload))
         starting = Deferred.fromCoroutine(self._start())
         starting.addErrback(self._not_started)
@@ -160,7 +151,7 @@ class Node(Service):
 
     def stopService(self) -> Deferred[None]:
         """Stop, in order; fires when it is done."""
-        maybeDeferred(super().stopService)
+        super().stopService()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._reactor.callFromThread(self._hurry))
         return Deferred.fromCoroutine(self._stop())

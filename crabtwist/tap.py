@@ -1,4 +1,4 @@
-"""`twistd crabtwist`: its options, and the service they make.  The one place that knows everyone."""
+"""`twistd crabtwist`: its options, and the service they make."""
 
 from __future__ import annotations
 
@@ -69,11 +69,15 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
     path = Path(options["config"]).absolute()
     makers = discover()
     first_start = None
-    if not path.exists() and not options["check"]:
+    if not path.exists():
+        if options["check"]:
+            raise ConfigurationError(
+                [f"{path}: cannot be read: No such file; a start without --check writes one"]
+            )
         first_start = write_first_config(path, environ)
     config = load(path, environ, makers)
     listen = options["listen"] or config.listen
-    endpoints = _endpoints(listen, reactor)
+    endpoints = _endpoints(listen, "--listen" if options["listen"] else "listen", reactor)
     node = Node(
         config,
         reactor,
@@ -88,13 +92,13 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
     return node
 
 
-def _endpoints(listen: Sequence[str], reactor: Any) -> list[IStreamServerEndpoint]:
+def _endpoints(listen: Sequence[str], said_by: str, reactor: Any) -> list[IStreamServerEndpoint]:
     complaints, endpoints = [], []
     for index, where in enumerate(listen):
         try:
             endpoints.append(parse_listen(where, reactor))
         except ValueError as error:
-            complaints.append(f"listen[{index}]: {error}")
+            complaints.append(f"{said_by}[{index}]: {error}")
     if complaints:
         raise ConfigurationError(complaints)
     return endpoints

@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
-from twisted.web.http_headers import Headers as WebHeaders
+from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
@@ -57,7 +57,7 @@ class FakeResponse:
         """With a `body` it sends that, whole, as soon as somebody reads."""
         self.code = code
         self.raw_headers = fields
-        self.headers = WebHeaders()
+        self.headers = HeaderMap()
         for name, value in fields:
             self.headers.addRawHeader(name, value)
         self.length: Any = length

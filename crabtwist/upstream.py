@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred, DeferredList, fail
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.web.client import BrowserLikePolicyForHTTPS
-from twisted.web.http_headers import Headers
+from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
 from zope.interface import implementer
 
@@ -120,7 +120,7 @@ class UpstreamAgent:
         self,
         method: bytes,
         uri: bytes,
-        headers: Headers | None = None,
+        headers: HeaderMap | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
         """
@@ -135,7 +135,7 @@ class UpstreamAgent:
             head = render_head(method, target, origin.host_field(), headers, bodyProducer)
         except ValueError as why:
             return fail(why)
-        request = HTTP1Request(method, uri, headers or Headers(), head, bodyProducer)
+        request = HTTP1Request(method, uri, headers or HeaderMap(), head, bodyProducer)
         return Deferred.fromCoroutine(self._send(origin, request))
 
     async def _send(self, origin: Origin, request: HTTP1Request) -> IResponse:

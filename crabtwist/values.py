@@ -80,7 +80,8 @@ class Attempt:
     One try at one deployment.
 
     `status` is the upstream's HTTP status, None when no head came.  `error` is the slug of what went
-    wrong, None when the attempt was the one that answered.  Times are seconds.
+    wrong ("cancelled" when it was given up), None when the attempt was the one that answered.
+    `duration_seconds` lasts until it was clear which; `started_after_seconds` runs from the request's start.
     """
 
     provider: str
@@ -129,11 +130,12 @@ class Outcome:
     """
     How one request ended; there is exactly one for each.
 
-    `status` is the HTTP status that the client was sent; 499 when it left before there was one, and 0
-    when the answer broke after its head had gone.  `reason` is "complete" or the slug of what ended it
-    ("client_left", "truncated", "idle_timeout", "refused", ...).  `usage` is None when nothing is known.
-    Times are seconds from the request's start; `first_byte_seconds` is None when no byte was sent.
-    `bytes_in` and `bytes_out` count bodies only.
+    `status` is the HTTP status that the client was sent; 499 when the client left, and 0 when the answer
+    broke after its head had gone.  `reason` is "complete", "upstream_status" when the upstream's own error
+    was passed on, or the slug of what ended it ("client_left", "truncated", "refused", ...); `message` says
+    it to people.  `usage` is None when nothing is known.  `model_answered` is the model's name in the
+    answer, None if it said none.  Times are seconds from the request's start; `first_byte_seconds` is None
+    when no byte of a body was sent.  `bytes_in` and `bytes_out` count bodies only.
     """
 
     status: int

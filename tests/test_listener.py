@@ -135,6 +135,14 @@ class DrainTests(ChannelTestCase):
         self.hang_up()
         self.assertEqual(self.successResultOf(drained), 0)
 
+    def test_fresh(self) -> None:
+        """Who has just connected may still send a request, gets its answer, and is not waited for."""
+        self.assertEqual(self.successResultOf(self.factory.drain(10)), 0)
+        self.assertFalse(self.wire.disconnecting)
+        self.send(GET)
+        self.assertEqual(self.answers(), [200])
+        self.assertTrue(self.wire.disconnecting)
+
     def test_busy(self) -> None:
         """Busy connections end with their answer, which says so, and are waited for."""
         self.desk.holds = True
@@ -272,7 +280,9 @@ class ListenerTests(SynchronousTestCase):
         """A listener drains and aborts its factory's connections; its ports stay open meanwhile."""
         port, wire = Port(), Wire()
         listener = self.listener(succeed(port))
-        self.factory.buildProtocol(None).makeConnection(wire)
+        channel = self.factory.buildProtocol(None)
+        channel.makeConnection(wire)
+        channel.dataReceived(GET)
         drained = listener.drain(1)
         self.assertTrue(wire.disconnecting and port.is_open)
         self.clock.advance(1)

@@ -49,7 +49,7 @@ class AnthropicProvider(HTTPProvider):
             name=name,
             kind="anthropic",
             dialect="anthropic",
-            agent=agent_for(services, settings.ca_file),
+            agent=agent_for(name, services, settings.ca_file),
             urls={
                 "messages": base + "/v1/messages",
                 "messages.count_tokens": base + "/v1/messages/count_tokens",

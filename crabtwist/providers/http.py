@@ -14,7 +14,7 @@ from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
 
 from crabtwist.errors import ConfigurationError, CredentialMisdirected, UpstreamStatus
-from crabtwist.http_client import BytesBody, OrderedHeaders
+from crabtwist.http_request import BytesBody, OrderedHeaders
 from crabtwist.interfaces import IProvider
 from crabtwist.upstream import parse_uri
 from crabtwist.values import Answer, Call, Headers
@@ -133,6 +133,15 @@ class HTTPProvider:
         return self._agent.request(method, target, OrderedHeaders(fields), producer)
 
 
-def agent_for(services: Any, ca_file: str | None) -> IAgent:
-    """Return the agent for one provider, verifying against `ca_file` if it is given."""
-    return services.agent(ca_file=ca_file)  # type: ignore[no-any-return] # IServices' contract
+def agent_for(name: str, services: Any, ca_file: str | None) -> IAgent:
+    """
+    Return the agent for the provider `name`, verifying against `ca_file` if it is given.
+
+    Raises `ConfigurationError` if there is nothing in that file to verify against.
+    """
+    try:
+        return services.agent(ca_file=ca_file)  # type: ignore[no-any-return] # IServices' contract
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            [f"providers.{name}.ca_file: {each}" for each in error.complaints]
+        ) from error

@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
-from twisted.web.http_headers import Headers as WebHeaders
+from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 from crabtwist.values import Headers
+
+_log = Logger()
 
 
 @implementer(IResponse, IPushProducer)
@@ -21,7 +24,7 @@ class LocalResponse:
     A response whose body is made chunk by chunk, as it is read.
 
     `delay_seconds` passes before each chunk.  A reader that pauses stops the making, one that stops
-    ends it.
+    ends it.  What making a chunk raises breaks the body off.
     """
 
     version = (b"HTTP", 1, 1)
@@ -41,7 +44,7 @@ class LocalResponse:
     ) -> None:
         self.code = code
         self.raw_headers = fields
-        self.headers = WebHeaders()
+        self.headers = HeaderMap()
         for name, value in fields:
             self.headers.addRawHeader(name, value)
         self.length: Any = length
@@ -84,11 +87,20 @@ class LocalResponse:
 
     def _produce(self) -> None:
         self._next = None
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            protocol, self._protocol = self._protocol, None
-            protocol.connectionLost(Failure(ResponseDone()))
+        try:
+            chunk = next(self._chunks)
+        except StopIteration:
+            self._end(Failure(ResponseDone()))
+            return
+        except Exception:
+            # Only an end that is told can be passed on; a reader would wait for an idle timeout.
+            _log.failure("making a response's body failed")
+            self._end(Failure())
             return
         # Armed before the chunk is handed over, so that its reader may pause.
         self.resumeProducing()
         self._protocol.dataReceived(chunk)
+
+    def _end(self, reason: Failure) -> None:
+        protocol, self._protocol = self._protocol, None
+        protocol.connectionLost(reason)

@@ -40,7 +40,7 @@ class OpenAIProvider(HTTPProvider):
             name=name,
             kind="openai",
             dialect="openai",
-            agent=agent_for(services, settings.ca_file),
+            agent=agent_for(name, services, settings.ca_file),
             urls={
                 "chat.completions": base + "/chat/completions",
                 "embeddings": base + "/embeddings",

@@ -6,15 +6,13 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from crabtwist.errors import Refusal
+from crabtwist.exchange import STOPPING_RETRY_AFTER_SECONDS
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
 
 #: What anybody may ask for.  Every other path needs a key, also those that lead nowhere: a router that reads
 #: `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
 OPEN_PATHS = frozenset({b"/", b"/api/hello", b"/health", b"/metrics", b"/ready"})
-
-#: A drain lasts seconds; another node, or the next process, will answer by then.
-DRAINING_RETRY_AFTER_SECONDS = 1
 
 
 class Admission:
@@ -49,7 +47,7 @@ class Admission:
                 503,
                 "draining",
                 "the gateway is being stopped and takes no new work; ask again",
-                headers={"retry-after": str(DRAINING_RETRY_AFTER_SECONDS)},
+                headers={"retry-after": str(STOPPING_RETRY_AFTER_SECONDS)},
             )
 
     def _authenticated(self, headers: Any) -> VirtualKey | None:

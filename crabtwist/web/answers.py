@@ -11,7 +11,7 @@ from crabtwist.dialects.operations import dialect_of
 from crabtwist.downstream import REQUEST_ID, refusal_answer
 from crabtwist.errors import Refusal
 from crabtwist.gateway import new_request_id
-from crabtwist.values import Answer
+from crabtwist.values import Answer, Headers
 
 
 def asks_as_anthropic(request: Any) -> bool:
@@ -45,6 +45,13 @@ def say_refusal(request: Any, refusal: Refusal) -> bytes:
     request_id = new_request_id()
     request.responseHeaders.setRawHeaders(REQUEST_ID, [request_id.encode()])
     return say(request, refusal_answer(refusal, dialect_for(request), request_id))
+
+
+def refuse_unread(refusal: Refusal, path: bytes) -> tuple[Headers, bytes]:
+    """Return the fields and body that refuse what is no request; its path is all that tells the dialect."""
+    request_id = new_request_id()
+    answer = refusal_answer(refusal, dialect_of(path, anthropic_client=True), request_id)
+    return (*answer.headers, (REQUEST_ID, request_id.encode())), answer.body
 
 
 def send_refusal(request: Any, refusal: Refusal) -> None:

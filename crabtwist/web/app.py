@@ -10,7 +10,7 @@ from twisted.logger import Logger
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import RequestRedirect
 
-from crabtwist.errors import Refusal
+from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway import Gateway
 from crabtwist.web.answers import say_refusal
 from crabtwist.web.models import add_models
@@ -55,7 +55,7 @@ def _add_errors(app: Klein, gateway: Gateway) -> None:
         if failure.check(CancelledError):
             return b""
         _log.failure("a door failed", failure)
-        return _refuse(request, Refusal(500, "internal_error", "the gateway failed; its log says why"))
+        return _refuse(request, internal_error())
 
     def _refuse(request: Any, refusal: Refusal) -> bytes:
         gateway.metrics.refused(refusal.slug)

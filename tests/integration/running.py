@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -29,9 +28,7 @@ class RunningGateway:
 
     def __init__(self, directory: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         self.log = ""
-        command = [sys.executable, "-m", "twisted.scripts.twistd"]
-        twistd = Path(sys.executable).with_name("twistd")
-        command = [str(twistd)] if twistd.exists() else command
+        command = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
         self.process = subprocess.Popen(
             [*command, "-n", "--pidfile=", "crabtwist", *arguments],
             cwd=directory,
@@ -39,26 +36,35 @@ class RunningGateway:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        self._grown = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         match = self.wait_for(_SERVING)
         self.host, self.port = match[1], int(match[2])
         self.url = f"http://{self.host}:{self.port}"
 
+    def _read(self) -> None:
+        """Keep the log read: a full pipe would stop the gateway."""
+        assert self.process.stdout is not None
+        while data := os.read(self.process.stdout.fileno(), 65536):
+            with self._grown:
+                self.log += data.decode("utf-8", "replace")
+                self._grown.notify_all()
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
+
     def wait_for(self, pattern: re.Pattern[str], seconds: float = START_SECONDS) -> re.Match[str]:
         """Return the first match in the log, reading on until it comes; AssertionError if it does not."""
-        deadline = time.monotonic() + seconds
-        while (match := pattern.search(self.log)) is None:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._read(left):
-                self.kill()
-                raise AssertionError(f"no {pattern.pattern!r} in what the gateway printed:\n{self.log}")
+        with self._grown:
+            found = self._grown.wait_for(lambda: pattern.search(self.log) or self._ended, seconds)
+        match = pattern.search(self.log)
+        if match is None:
+            self.kill()
+            why = "it ended" if found else f"{seconds:g} seconds passed"
+            raise AssertionError(f"no {pattern.pattern!r} before {why}; the gateway printed:\n{self.log}")
         return match
-
-    def _read(self, seconds: float) -> bool:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        data = os.read(self.process.stdout.fileno(), 65536) if ready else b""
-        self.log += data.decode("utf-8", "replace")
-        return bool(data)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -71,16 +77,16 @@ class RunningGateway:
         return self.wait()
 
     def wait(self, seconds: float = STOP_SECONDS) -> int:
-        """Return its exit status once it has ended."""
-        output, _ = self.process.communicate(timeout=seconds)
-        self.log += output.decode("utf-8", "replace")
-        return self.process.returncode
+        """Return its exit status once it has ended and all of its log is read."""
+        status = self.process.wait(seconds)
+        self._reader.join(seconds)
+        return status
 
     def kill(self) -> None:
         """End it at once."""
         if self.process.poll() is None:
             self.process.kill()
-        with contextlib.suppress(ValueError, subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(5)
 
 
