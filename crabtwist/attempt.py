@@ -169,7 +169,7 @@ class Attempt:
 
     def _judge_beginning(self, relay: StreamRelay, fields: Headers) -> None:
         """Raise if the first event says that another attempt may do better, or if there is none."""
-        said = self.reader.error
+        said = self.reader.error if self.reader.refused else None
         try:
             if said is not None and said.status in CREDENTIAL_STATUSES:
                 raise self._credential_rejected(said.type)

@@ -115,8 +115,8 @@ class GatewaySettings:
     after the order to stop; `hook_timeout` how long a guard or a cache may take before it counts as
     crashed; `client_stall_timeout` how long a client may leave its answer unread; `commit_seconds` how
     long a stream's head waits for its first event; `ping_seconds` the silence after which a stream is
-    kept alive.  `max_answer_copy_bytes` bounds what extensions are shown of an answer (0: nothing).
-    After `cooldown_failures` failures in a row a deployment rests for `cooldown_seconds`.
+    kept alive.  Extensions are shown plain answers of up to `max_answer_copy_bytes`.  After
+    `cooldown_failures` failures in a row a deployment is asked last for `cooldown_seconds`.
     `allow_anonymous` serves everybody, and excludes keys.
     """
 

@@ -58,7 +58,8 @@ class Downstream:
         for name, value in fields:
             headers.addRawHeader(name, value)
         headers.setRawHeaders(REQUEST_ID, [self._request_id.encode()])
-        if length is not None:
+        # RFC 9110, 8.6: an answer without content says no length.
+        if length is not None and status != 204:
             headers.setRawHeaders(b"content-length", [str(length).encode()])
 
     def flush_head(self) -> None:

@@ -55,8 +55,8 @@ class Exchange:
     """
     One request, its attempts, its answer and its outcome.
 
-    `request` is the client's (`crabtwist.gateway_request.GatewayRequest`), its body read; `principal`
-    its key.  `registry` is read once, by whoever makes this, so a reload in the middle changes nothing
+    `request` is the client's (`crabtwist.gateway_request.GatewayRequest`), its body read; `key` is
+    who asks.  `registry` is read once, by whoever makes this, so a reload in the middle changes nothing
     for it.
     """
 
@@ -66,7 +66,7 @@ class Exchange:
         registry: Registry,
         operation: Operation,
         request: Any,
-        principal: VirtualKey | None,
+        key: VirtualKey | None,
         request_id: str,
     ) -> None:
         self.context = Context(
@@ -75,7 +75,7 @@ class Exchange:
             dialect=operation.dialect.name,
             model_asked="",
             model="",
-            principal=principal.name if principal else None,
+            principal=key.name if key else None,
             stream=False,
             started_at=gateway.clock.seconds(),
         )
@@ -85,7 +85,7 @@ class Exchange:
         self.registry = registry
         self._operation = operation
         self._request = request
-        self._principal = principal
+        self._key = key
         self._client = Downstream(request, gateway.clock, request_id)
         self._attempts: list[values.Attempt] = []
         self._reply: Reply | None = None
@@ -153,11 +153,11 @@ class Exchange:
         context.max_tokens = self._body.max_tokens
         self.model_known = context.model in self.registry.models
         candidates = self.registry.candidates(context.model_asked, self._operation)
-        if self._principal is not None and not allows(self._principal, context.model_asked, context.model):
+        if self._key is not None and not allows(self._key, context.model_asked, context.model):
             raise Refusal(
                 403,
                 "model_not_allowed",
-                f"key {self._principal.name!r} may not use model {context.model_asked!r}",
+                f"key {self._key.name!r} may not use model {context.model_asked!r}",
             )
         return candidates
 

@@ -69,13 +69,13 @@ class Gateway:
         """Tell `subscriber` of every request's usage; what it raises is logged."""
         self._subscribers.append(subscriber)
 
-    def serve(self, operation: Operation, request: Any, principal: VirtualKey | None) -> Deferred[None]:
+    def serve(self, operation: Operation, request: Any, key: VirtualKey | None) -> Deferred[None]:
         """
         Answer a request whose body has been read.
 
         The Deferred fires when it has ended.  Cancelling it means that the client left.
         """
-        exchange = Exchange(self, self.registry, operation, request, principal, new_request_id())
+        exchange = Exchange(self, self.registry, operation, request, key, new_request_id())
         self._running.add(exchange)
         self.metrics.active.inc()
         ended = exchange.start()

@@ -192,11 +192,6 @@ header_word = _rule(
 )
 
 
-def one_of(*choices: object) -> Validator:
-    """Return a validator that lets only `choices` pass."""
-    return _rule(f"must be one of {_list(choices)}", lambda value: value in choices)
-
-
 def fault_in(validator: Validator, value: object) -> str | None:
     """Return what a validator of this module says against `value`, None if nothing."""
     try:

@@ -47,8 +47,9 @@ class Usage:
     `input_tokens` excludes everything read from or written to a prompt cache.  `output_tokens` excludes
     `reasoning_tokens`.  `cache_write_tokens` are those kept for five minutes,
     `cache_write_1h_tokens` for an hour.  `server_tool_calls` counts the vendor's own tools by name.
-    `raw` is the vendor's usage object, verbatim JSON, so that a record can be priced again later;
-    `complete` is False when the answer broke off before its last word on usage.
+    `raw` is the vendor's own usage object as JSON (of a stream, the last word on each member), so that a
+    record can be priced again later; `complete` is False when the answer broke off before its last word on
+    usage.
     """
 
     input_tokens: int = 0

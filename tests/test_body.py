@@ -65,6 +65,12 @@ class RefusedBodiesTests(SynchronousTestCase):
         text = json.dumps({"model": "a", "x": '[{"' * 500 + "\\"})
         self.assertEqual("a", body.read(text.encode()).model)
 
+    def test_half_a_surrogate_pair(self) -> None:
+        """Half of a pair, which no UTF-8 can say, is refused in words that say so."""
+        for half in ('"\\ud800"', '"\\ud800abcdefg"', '"\\udc00"', '"\\ud800\\u0041"'):
+            self.assertIn("surrogate pair", refusal_of(self, f'{{"model":"a","x":{half}}}'.encode()))
+            self.assertIn("surrogate pair", refusal_of(self, f'{{"x":{half},"model":"a"}}'.encode()))
+
     def test_max_tokens(self) -> None:
         """Only whole numbers that every parser reads alike."""
         for bad in ("-1", "4.0", '"4"', "1e3", "true", str(10**18), "[4]", str(2**53)):

@@ -146,6 +146,14 @@ class ErrorWordsTests(SynchronousTestCase):
                 heard = listen(dialect, dialect.error_event(status, "slug", "why\n", "req_1")).reader
                 self.assertEqual((said, False), (heard.error, heard.finished))
 
+    def test_error_first(self) -> None:
+        """An error before anything else refuses the request; one after that does not."""
+        for dialect, beginning in ((ANTHROPIC, start()), (OPENAI, chunk(choices=[{}]))):
+            error = dialect.error_event(529, "s", "m", "r")
+            self.assertTrue(listen(dialect, error).reader.refused)
+            self.assertTrue(listen(dialect, dialect.keep_alive, error).reader.refused)
+            self.assertFalse(listen(dialect, beginning, error).reader.refused)
+
     def test_error_event_name(self) -> None:
         """Anthropic's clients look for an event named error, OpenAI's only at the data."""
         self.assertTrue(ANTHROPIC.error_event(500, "s", "m", "r").startswith(b"event: error\ndata: {"))
@@ -301,6 +309,12 @@ class CompletionTests(SynchronousTestCase):
         )
         self.assertEqual(([], 2), (listening.withheld, listening.reader.usage.output_tokens))
 
+    def test_counting_in_every_chunk(self) -> None:
+        """What a server counts on the way is not its last word until the stream has ended."""
+        counted = chunk(choices=[{}], usage={"prompt_tokens": 5, "completion_tokens": 1})
+        self.assertFalse(listen(OPENAI, counted).reader.usage.complete)
+        self.assertTrue(listen(OPENAI, counted, DONE).reader.usage.complete)
+
     def test_no_usage(self) -> None:
         """A stream that never counts has no usage, and is whole."""
         reader = listen(OPENAI, SAID, DONE).reader
@@ -354,6 +368,8 @@ class CompletionTests(SynchronousTestCase):
             ),
             (chunk(error={"code": 502, "message": "m"}, choices=[{"finish_reason": "error"}]), 502, "m"),
             (b"event: error\n" + chunk(error={"message": "m", "type": "overloaded_error"}), 503, "m"),
+            (chunk(error={"code": "429", "message": "m"}), 429, "m"),
+            (chunk(object="error", message="m", type="BadRequestError", code=400), 400, "m"),
             (chunk(error="model not found"), 500, "model not found"),
             (b"event: error\ndata: gone\n\n", 500, "gone"),
         ):

@@ -18,7 +18,7 @@ from zope.interface.verify import verifyObject
 
 import crabtwist
 from crabtwist.config import ProviderSettings
-from crabtwist.discovery import Makers, discover, find, missing, own_settings, pick
+from crabtwist.discovery import Makers, discover, missing, own_settings, pick
 from crabtwist.errors import ConfigurationError
 from crabtwist.interfaces import IExtensionMaker, IProviderMaker, IStorageMaker
 from crabtwist.plugins import ExtensionMaker, NoSettings, ProviderMaker, StorageMaker
@@ -63,7 +63,7 @@ class TestFinding(Scratch):
         """Makers are found in every drop-in, by their words, sorted."""
         self.drop_in("scratch_b", ACME)
         self.drop_in("scratch_a", ACME.replace('"acme"', '"zebra"'))
-        found = find(IProviderMaker)
+        found = discover().providers
         self.assertEqual(list(found), ["acme", "zebra"])
         self.assertEqual(found["acme"], ProviderMaker("acme", "acme:Acme"))
 
@@ -84,15 +84,14 @@ class TestFinding(Scratch):
         """Two makers of one word are an error that names the word and both modules."""
         self.drop_in("scratch_a", ACME)
         self.drop_in("scratch_b", ACME)
-        for look in (discover, lambda: find(IProviderMaker)):
-            (complaint,) = self.assertRaises(ConfigurationError, look).complaints
-            for part in ('"acme"', "twisted.plugins.scratch_a", "twisted.plugins.scratch_b"):
-                self.assertIn(part, complaint)
+        (complaint,) = self.assertRaises(ConfigurationError, discover).complaints
+        for part in ('"acme"', "twisted.plugins.scratch_a", "twisted.plugins.scratch_b"):
+            self.assertIn(part, complaint)
 
     def test_one_maker_with_two_names(self) -> None:
         """One maker that a module knows by two names is no duplicate."""
         self.drop_in("scratch_a", f"{ACME}\nagain = acme")
-        self.assertEqual(list(find(IProviderMaker)), ["acme"])
+        self.assertEqual(list(discover().providers), ["acme"])
 
     def test_broken_drop_in(self) -> None:
         """A drop-in that cannot be imported is remembered with the reason; the others are found."""

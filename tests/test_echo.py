@@ -89,6 +89,11 @@ class EchoTests(EchoTestCase):
         """Time does not run backwards."""
         self.assertRaises(ValueError, EchoSettings, delay_seconds=-1.0)
 
+    def test_last_of_the_user(self) -> None:
+        """It answers the user, not what the system says after that."""
+        messages = [{"role": "user", "content": "hi"}, {"role": "system", "content": "by the way"}]
+        self.assertEqual("hi", self.answer(CALL, messages=messages)["content"][0]["text"])
+
     def test_message(self) -> None:
         """The last message comes back, one token a word; all of the prompt is counted."""
         messages = [{"role": "user", "content": "one two"}, {"role": "user", "content": "three  four\n five"}]
@@ -234,6 +239,15 @@ class LocalResponseTests(SynchronousTestCase):
         self.assertEqual(b"abc", self.reader.data)
         self.assertIsInstance(self.reader.reason, ResponseDone)
         self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_crash(self) -> None:
+        """What making a chunk raises is logged and breaks the body off, so that nobody waits for the rest."""
+        clock, reader = Clock(), Reader()
+        LocalResponse(200, (), (bytes(1 // count) for count in (1, 0)), clock).deliverBody(reader)
+        clock.pump([0] * 3)
+        self.assertEqual(b"\0", reader.data)
+        self.assertIsInstance(reader.reason, ZeroDivisionError)
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
 
     def test_delay(self) -> None:
         """The delay passes before each chunk, the first among them."""

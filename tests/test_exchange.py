@@ -160,6 +160,15 @@ class PlainTests(ExchangeTestCase):
         self.assertEqual(1, len(provider.calls))
         self.assertEqual("connection_broken", self.outcome.reason)
 
+    def test_answers_over_the_limit_are_not_shown(self) -> None:
+        """Extensions see an answer up to `max_answer_copy_bytes`, which may be less than what is held."""
+        for limit_bytes, shown in ((len(MESSAGE), 1), (len(MESSAGE) - 1, 0), (0, 0)):
+            self.setUp()
+            self.gateway(FakeProvider("p", [FakeResponse(200, JSON, MESSAGE)]))
+            self.gateway_.patience = Patience(max_answer_copy_bytes=limit_bytes)
+            self.ask()
+            self.assertEqual((200, shown), (self.outcome.status, len(self.recorder.responses)))
+
 
 class RefusalTests(ExchangeTestCase):
     """What never reaches an upstream."""
@@ -376,6 +385,15 @@ class StreamTests(ExchangeTestCase):
         good.end()
         self.assertEqual((200, WHOLE), (request.code, request.data))
         self.assertEqual(["upstream_status", None], [each.error for each in self.outcome.attempts])
+
+    def test_error_after_the_beginning(self) -> None:
+        """An error after a beginning is passed on, also when both came at once: the work had begun."""
+        response = FakeResponse(200, EVENT_STREAM)
+        request = self.stream(response)
+        response.receive(START + ERROR)
+        response.end()
+        self.assertEqual((1, START + ERROR), (len(self.provider.calls), request.data))
+        self.assertEqual((0, "upstream_error_event"), (self.outcome.status, self.outcome.reason))
 
     def test_only_errors(self) -> None:
         """When every attempt began with an error the client gets it as the status that it amounts to."""

@@ -20,6 +20,7 @@ from crabtwist.providers.http import Credential, origin_of
 from crabtwist.providers.openai import OpenAIProvider, OpenAISettings
 from crabtwist.settings import Secret
 from crabtwist.testing import FakeResponse, FakeServices
+from crabtwist.upstream import trust_only
 from crabtwist.values import Call, Headers
 
 MESSAGES = Call("messages", "anthropic", "m", False, b"", (), b'{"model":"m"}')
@@ -167,6 +168,15 @@ class URLTests(ProviderTestCase):
         """The agent is asked for with the authorities to trust."""
         self.openai(ca_file="/etc/ca.pem")
         self.assertEqual(["/etc/ca.pem"], self.services.ca_files)
+
+    def test_no_authorities(self) -> None:
+        """A file without authorities is told with the path of its key."""
+        services = Services(FakeAgent(None))
+        self.patch(services, "agent", lambda *, ca_file: trust_only(ca_file))
+        given = OpenAISettings(ca_file="/no/such.pem")
+        error = self.assertRaises(ConfigurationError, OpenAIProvider, "p", given, services)
+        (complaint,) = error.complaints
+        self.assertTrue(complaint.startswith("providers.p.ca_file: no certificates can be read"), complaint)
 
 
 class FieldTests(ProviderTestCase):

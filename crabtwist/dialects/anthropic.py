@@ -102,6 +102,7 @@ class MessageReader(AnswerReader):
         elif kind == "message_stop":
             self.finished = True
         elif kind == "error":
+            self.refused = not self.began
             self.error = read_error(event.data) or UpstreamSays(500, "api_error", event.text)
         self.began = self.began or kind != "ping"
         return False

@@ -41,9 +41,9 @@ class AnswerReader:
     """
     Reads one answer as it passes: who answered, what it used, whether it is whole, whether it failed.
 
-    Never raises, whatever the upstream sends.  `began` is True once something that a caller can use, or
-    an error, has come (a ping is neither).  `finished` is True once the event that ends a whole
-    stream has come.
+    Never raises, whatever the upstream sends.  `began` is True once something that a caller can use, or an
+    error, has come (a ping is neither), and `refused` if an error was the first.  `finished` is True once
+    the event that ends a whole stream has come.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class AnswerReader:
         self.model: str | None = None
         self.error: UpstreamSays | None = None
         self.began = False
+        self.refused = False
         self.finished = False
 
     def wants(self, region: bytes) -> bool:
@@ -136,6 +137,8 @@ def text(parent: Mapping[str, Any], name: str, default: str = "") -> str:
 def count(parent: Mapping[str, Any], name: str) -> int:
     """Return the number that is the member `name`, made sane: whole, not negative, not absurd."""
     value = parent.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         return 0
     return min(max(value, 0), MAX_COUNT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import attrs
 import msgspec
 
 from crabtwist.body import Edit, JSONObject, RequestBody, splice
@@ -50,11 +51,14 @@ _STATUSES = {
     "timeout_error": 504,
 }
 
+#: Statuses as they stand in an error's code, as a number or a string.
+_ERROR_CODES = frozenset(str(status) for status in range(400, 600))
+
 #: A chunk that counts; with `include_usage` every other chunk says `"usage": null`.
 _COUNTS = re.compile(rb'"usage"[ \t]*:[ \t]*\{')
 
 
-def usage_from(counts: dict[str, Any]) -> Usage:
+def usage_from(counts: dict[str, Any], *, complete: bool = True) -> Usage:
     """Return a usage object's numbers by class."""
     prompt = count(counts, "prompt_tokens")
     details = part(counts, "prompt_tokens_details")
@@ -70,23 +74,22 @@ def usage_from(counts: dict[str, Any]) -> Usage:
         output_tokens=completion - reasoning,
         reasoning_tokens=reasoning,
         raw=msgspec.json.encode(counts),
+        complete=complete,
     )
 
 
 def read_error(data: bytes) -> UpstreamSays | None:
     """Return what an error body or event says, None if it is no error of this dialect's."""
     content = decode_object(data)
-    error = content.get("error")
+    # Some servers send the error's members without the wrapper.
+    error = content if content.get("object") == "error" else content.get("error")
     if isinstance(error, str):
         return UpstreamSays(500, "server_error", error)
     if not isinstance(error, dict):
         return None
-    code = error.get("code")
-    kind = text(error, "type", "server_error")
-    status = code if isinstance(code, int) and 400 <= code <= 599 else None
-    return UpstreamSays(
-        status or _STATUSES.get(str(code)) or _STATUSES.get(kind, 500), kind, text(error, "message")
-    )
+    code, kind = str(error.get("code")), text(error, "type", "server_error")
+    status = int(code) if code in _ERROR_CODES else _STATUSES.get(code) or _STATUSES.get(kind, 500)
+    return UpstreamSays(status, kind, text(error, "message"))
 
 
 class CompletionReader(AnswerReader):
@@ -105,17 +108,21 @@ class CompletionReader(AnswerReader):
 
     def event(self, event: Event) -> bool:
         """Learn from one chunk."""
-        self.began = True
+        first, self.began = not self.began, True
         if event.data.strip() == b"[DONE]":
             self.finished = True
+            if self.usage is not None:
+                self.usage = attrs.evolve(self.usage, complete=True)
             return False
         content = decode_object(event.data)
         self.model = self.model or text(content, "model") or None
-        if content.get("error") or event.name == "error":
+        if content.get("error") or content.get("object") == "error" or event.name == "error":
+            self.refused = first
             self.error = read_error(event.data) or UpstreamSays(500, "server_error", event.text)
         counts = part(content, "usage")
         if counts:
-            self.usage = usage_from(counts)
+            # Some servers count in every chunk; only one without choices is their last word.
+            self.usage = usage_from(counts, complete=content.get("choices") == [])
         return bool(self._hide_usage and counts and content.get("choices") == [])
 
     def body(self, data: bytes) -> None:

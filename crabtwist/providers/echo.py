@@ -105,7 +105,10 @@ def _text_of(content: object) -> str:
 
 def _last_words(asked: dict[str, Any]) -> list[str]:
     messages = asked.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages else ""
+    said = messages if isinstance(messages, list) else []
+    # Claude Code's last message may be the system's.
+    users = [each for each in said if isinstance(each, dict) and each.get("role") == "user"]
+    last = (users or said or [""])[-1]
     return _text_of(last).split() or ["..."]
 
 

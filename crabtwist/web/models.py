@@ -9,7 +9,7 @@ from klein import Klein
 
 from crabtwist.errors import Refusal
 from crabtwist.gateway import Gateway
-from crabtwist.keys import allows
+from crabtwist.keys import VirtualKey, allows
 from crabtwist.web.answers import asks_as_anthropic, say_json
 
 #: Anthropic's page sizes.
@@ -38,10 +38,10 @@ def add_models(app: Klein, gateway: Gateway) -> None:
         return say_json(request, 200, render(name))
 
 
-def usable_names(gateway: Gateway, principal: Any) -> list[str]:
+def usable_names(gateway: Gateway, key: VirtualKey | None) -> list[str]:
     """Return the models and aliases that a key may use, models first."""
     registry = gateway.registry
-    return [name for name in registry.names() if allows(principal, name, registry.resolve(name))]
+    return [name for name in registry.names() if allows(key, name, registry.resolve(name))]
 
 
 def openai_model(name: str) -> dict[str, Any]:

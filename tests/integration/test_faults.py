@@ -243,6 +243,7 @@ class AttemptTests(FaultCase):
             answered = self.ask({"model": "both", "stream": True})
         self.assertEqual((200, b"".join(script.TEXT_STREAM)), (answered.status, answered.body))
         self.assertEqual((2, 1), (len(self.upstream.received), len(self.second.received)))
+        self.assert_logged(answered, "200 complete")
         self.assertIn("by second for tester: 200 complete", self.log())
 
     def test_overloaded_in_every_first_event(self) -> None:

@@ -102,11 +102,10 @@ class GatewayCase(SynchronousTestCase):
         """Start the gateway, unless it runs."""
         if GatewayCase._owner is not type(self):
             stop_shared_gateway()
-            GatewayCase._owner = type(self)
             self._start()
+            GatewayCase._owner = type(self)
         self.upstream.play()
         self.second.play()
-        self.addCleanup(self.log)
 
     def _start(self) -> None:
         case, enter = type(self), GatewayCase._open.enter_context
