@@ -146,7 +146,7 @@ class Gateway:
             try:
                 subscriber(event)
             except Exception:
-                _log.failure("a subscriber to usage events failed")
+                _log.failure("{request_id}: a subscriber to usage events failed", request_id=event.request_id)
 
 
 def new_request_id() -> str:

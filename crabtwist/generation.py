@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -26,26 +27,29 @@ class Services:
     """What the gateway lends to one plugin; remembers the agents, so as to close them."""
 
     clock: Any
+    directory: Path
     limits: ConnectionLimits = attrs.field(factory=ConnectionLimits)
     on_stale_retry: Callable[[], object] | None = None
     agents: list[UpstreamAgent] = attrs.field(factory=list)
 
     def agent(self, *, ca_file: str | None = None) -> UpstreamAgent:
         """Return a new agent with the bounds of the configuration."""
-        agent = UpstreamAgent(self.clock, self.limits, ca_file=ca_file, on_stale_retry=self.on_stale_retry)
+        trusted = None if ca_file is None else str(self.directory / ca_file)
+        agent = UpstreamAgent(self.clock, self.limits, ca_file=trusted, on_stale_retry=self.on_stale_retry)
         self.agents.append(agent)
         return agent
 
 
 class Generation:
     """
-    One configuration's providers, registry and keys.
+    One configuration's providers, registry and keys; `directory` is the configuration's folder.
 
     Made without side effects; `start` and `stop` do for those providers that are services.  Raises
     `ConfigurationError` with why each of the providers that cannot be made cannot.
     """
 
-    def __init__(self, config: Config, reactor: Any, metrics: Metrics) -> None:
+    def __init__(self, config: Config, reactor: Any, metrics: Metrics, directory: Path) -> None:
+        self._directory = directory
         self._services: list[Services] = []
         self._providers: list[Any] = []
         deployments: list[Deployment] = []
@@ -66,6 +70,7 @@ class Generation:
     def _make(self, configured: ConfiguredProvider, reactor: Any, metrics: Metrics) -> Any:
         services = Services(
             clock=reactor,
+            directory=self._directory,
             limits=ConnectionLimits(
                 connect_timeout_seconds=configured.common.connect_timeout,
                 max_connections=configured.common.max_connections,

@@ -69,6 +69,7 @@ class IServices(Interface):
     """What the gateway lends to those that it makes."""
 
     clock = Attribute("An `IReactorTime`: the only clock that plugins should read.")
+    directory = Attribute("A `pathlib.Path`: the configuration's folder, where relative paths begin.")
 
     def agent(*, ca_file=None):  # type: ignore[no-untyped-def]
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from twisted.application.service import IService, Service
@@ -42,7 +43,7 @@ class Node(Service):
     """
     The service that twistd runs.
 
-    `load` reads the configuration anew, for SIGHUP.  `start_failed` is called when the start failed after
+    `directory` is the configuration's folder; `load` reads it anew, for SIGHUP.  `start_failed` is called when the start failed after
     the reactor began, so that the process can end with a status that says so.  `started` fires with the
     ports, or with why there are none.
     """
@@ -56,6 +57,7 @@ class Node(Service):
         reactor: Any,
         endpoints: Sequence[IStreamServerEndpoint],
         *,
+        directory: Path,
         load: Callable[[], Config],
         start_failed: Callable[[], object],
     ) -> None:
@@ -65,8 +67,8 @@ class Node(Service):
         self._load = load
         self._start_failed = start_failed
         metrics = Metrics()
-        self._generation = Generation(config, reactor, metrics)
-        self._services = Services(clock=reactor)
+        self._generation = Generation(config, reactor, metrics, directory)
+        self._services = Services(clock=reactor, directory=directory)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
         self._storage_is_open = False
         self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
@@ -132,7 +134,7 @@ class Node(Service):
         """Read the configuration again: swap models, keys and aliases at once, or keep the old ones."""
         try:
             config = self._load()
-            generation = Generation(config, self._reactor, self.gateway.metrics)
+            generation = Generation(config, self._reactor, self.gateway.metrics, self._services.directory)
         except ConfigurationError as error:
             self._log.error(
                 "the configuration was not reloaded; the old one stays: {complaints}",

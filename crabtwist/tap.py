@@ -82,6 +82,7 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
         config,
         reactor,
         endpoints,
+        directory=path.parent,
         load=lambda: load(path, environ, makers),
         start_failed=lambda: _end_with_failure(reactor),
     )

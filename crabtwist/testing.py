@@ -7,6 +7,7 @@ Nothing here opens a socket or reads a real clock; time is a `twisted.internet.t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -28,10 +29,11 @@ JSON: Headers = ((b"content-type", b"application/json"),)
 
 @implementer(IServices)
 class FakeServices:
-    """Services without a network: a clock that the test advances."""
+    """Services without a network: a clock that the test advances, and a folder of its own."""
 
-    def __init__(self, clock: Clock | None = None) -> None:
+    def __init__(self, clock: Clock | None = None, directory: Path | None = None) -> None:
         self.clock = clock or Clock()
+        self.directory = directory or Path()
 
     def agent(self, *, ca_file: str | None = None) -> Any:
         """There is no network here."""
