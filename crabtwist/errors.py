@@ -91,7 +91,7 @@ class UpstreamError(CrabtwistError):
     `slug` names the fault, `status` is what a client is told when no other attempt helps, `transient`
     says whether the same deployment may be asked again, and `final` whether no deployment may: the
     upstream has done the work, and would bill it twice.  `answer` is the upstream's own answer, where
-    there was one that the client should see.
+    there was one that the client should see, and `fidelity` says how its request had been sent.
     """
 
     slug = "upstream_error"
@@ -99,6 +99,7 @@ class UpstreamError(CrabtwistError):
     transient = True
     final = False
     answer: Answer | None = None
+    fidelity: bytes = b"verbatim"
     retry_after_seconds: float | None = None
 
     def __init__(self, message: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any, Protocol
 
+from attrs import evolve
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -26,7 +27,9 @@ from crabtwist.health import Health
 from crabtwist.hooks import Hooks
 from crabtwist.keys import VirtualKey, allows
 from crabtwist.metrics import Metrics
+from crabtwist.money import PriceRow
 from crabtwist.plain_relay import PlainRelay
+from crabtwist.pricing import receipt
 from crabtwist.relay import CLIENT_LEFT, End
 from crabtwist.retry import delay_before_retry
 from crabtwist.routing import Deployment, Registry, order
@@ -93,6 +96,7 @@ class Exchange:
         self._model_answered: str | None = None
         self._cache_hit = False
         self._fidelity = b"verbatim"
+        self._vendor = ""
         self._interrupted: ShuttingDown | None = None
         self._running: Deferred[None] | None = None
 
@@ -198,6 +202,7 @@ class Exchange:
     async def _attempt(self, deployment: Deployment) -> Reply:
         gateway, context = self._gateway, self.context
         context.provider, context.upstream_model = deployment.provider.name, deployment.upstream_model
+        self._vendor = deployment.provider.kind
         asks_for_usage, call = self._call(deployment)
         attempt = Attempt(
             context,
@@ -213,6 +218,7 @@ class Exchange:
             reply = await attempt.reply(call)
         except UpstreamError as failure:
             error = failure.slug
+            failure.fidelity = self._fidelity
             raise
         except CancelledError:
             error = "cancelled"
@@ -307,8 +313,8 @@ class Exchange:
 
     def _give_up(self, error: UpstreamError) -> None:
         if error.answer is not None:
-            answer = error.answer
-            self._client.answer(Answer(answer.status, answer.headers, answer.body))
+            headers = (*error.answer.headers, (FIDELITY, error.fidelity))
+            self._client.answer(evolve(error.answer, headers=headers))
         else:
             refusal = Refusal(error.status, error.slug, error.message)
             self._client.answer(refusal_answer(refusal, self._operation.dialect, self.context.request_id))
@@ -339,6 +345,8 @@ class Exchange:
     # Settling.
 
     def _settle(self, ended_by: EndedBy, reason: str, message: str | None) -> None:
+        usage = None if self._cache_hit else self._usage
+        price, cost = self._cost(usage)
         started_at, now = self.context.started_at, self._gateway.clock.seconds()
         first_byte_at = self._client.first_byte_at
         self.outcome = Outcome(
@@ -346,7 +354,7 @@ class Exchange:
             ended_by=ended_by,
             reason=reason,
             message=message,
-            usage=None if self._cache_hit else self._usage,
+            usage=usage,
             attempts=tuple(self._attempts),
             model_answered=self._model_answered,
             first_byte_seconds=None if first_byte_at is None else first_byte_at - started_at,
@@ -354,7 +362,19 @@ class Exchange:
             bytes_in=len(self._request.body),
             bytes_out=self._client.bytes_out,
             cache_hit=self._cache_hit,
+            cost=cost,
+            price=price,
         )
+
+    def _cost(self, usage: Usage | None) -> tuple[PriceRow | None, int | None]:
+        """Return the price of the model that answered, and what the request cost."""
+        if usage is None:
+            # Of what was asked and never counted nobody can tell; what was never asked is free.
+            return None, None if self._attempts else 0
+        context, prices = self.context, self.registry.prices
+        row = prices.find(self._vendor, self._model_answered or context.upstream_model, context.model)
+        priced = receipt(usage, row, prices, self._vendor)
+        return row, None if priced.unpriced else priced.total
 
     def _status(self, reason: str) -> int:
         if reason == "client_left" or self._client.status is None:

@@ -11,13 +11,15 @@ from twisted.application.service import IService
 from twisted.internet.defer import DeferredList, maybeDeferred
 from zope.interface import implementer
 
-from crabtwist.config import Config, ConfiguredProvider, ProviderSettings
+from crabtwist.config import Config, ConfiguredProvider
 from crabtwist.connection_pool import ConnectionLimits
 from crabtwist.errors import ConfigurationError
 from crabtwist.interfaces import IServices
 from crabtwist.keys import KeyRing
 from crabtwist.metrics import Metrics
+from crabtwist.pricing import PriceBook, published
 from crabtwist.routing import Deployment, Registry
+from crabtwist.tables import ProviderSettings
 from crabtwist.upstream import UpstreamAgent
 
 
@@ -64,7 +66,8 @@ class Generation:
                 deployments += _deployments(provider, configured.common)
         if complaints:
             raise ConfigurationError(complaints)
-        self.registry = Registry(deployments, config.aliases)
+        own_prices = {name: settings.row(name) for name, settings in config.models.items()}
+        self.registry = Registry(deployments, config.aliases, PriceBook(published(), own_prices))
         self.keys = None if config.allow_anonymous else KeyRing(config.keys)
 
     def _make(self, configured: ConfiguredProvider, reactor: Any, metrics: Metrics) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from crabtwist.money import DOLLAR
 from crabtwist.values import Context, Outcome
 
 #: Upper bounds in seconds: from a cached answer to an hour of agentic work.
@@ -69,6 +70,12 @@ class Metrics:
             "crabtwist_tokens",
             "Tokens, by direction: prompt or completion.",
             ["provider", "model", "direction"],
+            registry=registry,
+        )
+        self._cost = Counter(
+            "crabtwist_cost_dollars",
+            "What requests cost, as far as prices are known; the ledger has it exactly.",
+            ["provider", "model"],
             registry=registry,
         )
         self.active = Gauge("crabtwist_active_connections", "Requests being answered.", registry=registry)
@@ -135,6 +142,8 @@ class Metrics:
         )
         if outcome.first_byte_seconds is not None:
             self._first_byte.labels(provider, model, stream).observe(outcome.first_byte_seconds)
+        if outcome.cost:
+            self._cost.labels(provider, model).inc(outcome.cost / DOLLAR)
         if outcome.usage is not None and not outcome.cache_hit:
             self._tokens.labels(provider, model, "prompt").inc(outcome.usage.prompt_tokens)
             self._tokens.labels(provider, model, "completion").inc(outcome.usage.completion_tokens)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 from twisted.application.service import IService, Service
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -30,6 +31,7 @@ from crabtwist.hooks import Hooks
 from crabtwist.http_reader import HTTPLimits
 from crabtwist.listener import GatewayFactory, Listener
 from crabtwist.metrics import Metrics
+from crabtwist.tables import GatewaySettings
 from crabtwist.values import Headers
 from crabtwist.web.admission import Admission
 from crabtwist.web.answers import refuse_unread, send_refusal
@@ -43,9 +45,9 @@ class Node(Service):
     """
     The service that twistd runs.
 
-    `directory` is the configuration's folder; `load` reads it anew, for SIGHUP.  `start_failed` is called when the start failed after
-    the reactor began, so that the process can end with a status that says so.  `started` fires with the
-    ports, or with why there are none.
+    `directory` is the configuration's folder; `load` reads it anew, for SIGHUP.  `start_failed` is called
+    when the start failed after the reactor began, so that the process can end with a status that says so.
+    `started` fires with the ports, or with why there are none.
     """
 
     name = "crabtwist"
@@ -141,6 +143,7 @@ class Node(Service):
                 complaints=error.complaints,
             )
             return
+        self._tell_what_stays(config)
         generation.start()
         old, self._generation = self._generation, generation
         self.gateway.registry, self.gateway.keys = generation.registry, generation.keys
@@ -148,6 +151,15 @@ class Node(Service):
         retiring.addCallback(lambda _: Deferred.fromCoroutine(old.stop()))
         retiring.addErrback(lambda failure: self._log.failure("retiring providers failed", failure))
         self._log.info("reloaded: {models}", models=generation.registry.names())
+
+    def _tell_what_stays(self, config: Config) -> None:
+        """Name what the file says anew and only a restart brings about."""
+        names = [*(field.name for field in attrs.fields(GatewaySettings)), "extensions", "storage"]
+        changed = {name for name in names if getattr(config, name) != getattr(self._config, name)}
+        if changed - {"allow_anonymous"}:
+            self._log.warn(
+                "these take a restart to change: {keys}", keys=sorted(changed - {"allow_anonymous"})
+            )
 
     # Stopping.
 

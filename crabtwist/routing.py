@@ -11,6 +11,7 @@ import attrs
 from crabtwist.dialects.operations import Operation
 from crabtwist.errors import Refusal
 from crabtwist.health import Health
+from crabtwist.pricing import PriceBook
 
 
 @attrs.frozen(eq=False)
@@ -57,11 +58,12 @@ class Registry:
     Everything that is served, immutable.
 
     A reload makes a new one; a request reads it once, so it never sees two.  `models` maps a served
-    name to its deployments in the order of the configuration.
+    name to its deployments in the order of the configuration; `prices` are what they cost.
     """
 
     models: Mapping[str, Sequence[Deployment]] = attrs.field(converter=_by_served)
     aliases: Mapping[str, str] = attrs.field(factory=dict)
+    prices: PriceBook = attrs.field(factory=PriceBook)
 
     def resolve(self, asked: str) -> str:
         """Return the model that a name stands for: itself, unless it is an alias."""

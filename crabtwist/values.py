@@ -12,6 +12,8 @@ from typing import Literal
 
 import attrs
 
+from crabtwist.money import PriceRow
+
 #: Header fields in wire order, names as they were written.
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -136,7 +138,8 @@ class Outcome:
     was passed on, or the slug of what ended it ("client_left", "truncated", "refused", ...); `message` says
     it to people.  `usage` is None when nothing is known.  `model_answered` is the model's name in the
     answer, None if it said none.  Times are seconds from the request's start; `first_byte_seconds` is None
-    when no byte of a body was sent.  `bytes_in` and `bytes_out` count bodies only.
+    when no byte of a body was sent.  `bytes_in` and `bytes_out` count bodies only.  `cost` is in picodollars,
+    None where the usage or a price is unknown; `price` is the row of the model that answered.
     """
 
     status: int
@@ -151,6 +154,8 @@ class Outcome:
     bytes_in: int
     bytes_out: int
     cache_hit: bool = False
+    cost: int | None = None
+    price: PriceRow | None = None
 
 
 @attrs.frozen

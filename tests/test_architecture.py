@@ -19,10 +19,11 @@ import crabtwist
 PACKAGE = Path(crabtwist.__file__).parent
 TESTS = Path(__file__).parent
 
-WORDS = ("values", "errors", "interfaces", "settings")
+WORDS = ("money", "values", "errors", "interfaces", "settings")
 GRAMMAR = (
     *("sse", "extension", "body", "headers"),
     *("dialects.base", "dialects.anthropic", "dialects.openai", "dialects.operations"),
+    "pricing",
 )
 POLICY = ("keys", "health", "routing", "retry", "hooks", "metrics", "plugins", "discovery")
 CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool", "upstream")
@@ -30,7 +31,7 @@ SERVER_WIRES = ("http_reader", "gateway_request", "channel", "listener")
 WIRES = (*CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
 STORY = ("attempt", "exchange", "gateway")
 DOORS = ("web.answers", "web.admission", "web.models", "web.operations", "web.process", "web.app")
-ASSEMBLY = ("config", "generation", "first_start", "node", "tap")
+ASSEMBLY = ("tables", "config", "generation", "first_start", "node", "tap")
 
 #: From the ground up: a room knows those before it, and no other.
 HOUSE = (*WORDS, *GRAMMAR, *POLICY, *WIRES, *STORY, *DOORS, *ASSEMBLY)
@@ -49,6 +50,8 @@ OUTBUILDINGS = (
 
 #: The tests of those rooms that have none of their own name.
 TESTED_BY = {
+    "money": "test_pricing",
+    "tables": "test_config",
     "values": "test_dialects",
     "errors": "test_exchange",
     "interfaces": "test_testing",

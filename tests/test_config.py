@@ -9,12 +9,13 @@ from typing import Any
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
-from crabtwist.config import Config, ServedModel, load
+from crabtwist.config import Config, load
 from crabtwist.discovery import Makers
 from crabtwist.errors import ConfigurationError
 from crabtwist.keys import KeySettings
 from crabtwist.plugins import ExtensionMaker, NoSettings, ProviderMaker, StorageMaker
 from crabtwist.settings import Secret
+from crabtwist.tables import ServedModel
 
 
 class Upstream:
@@ -126,6 +127,18 @@ class TestMeaning(Loading):
         """The storage's other keys are its maker's."""
         storage = self.load(KEY + PROVIDER + '[storage]\nkind = "disk"\nper_minute = 2').storage
         self.assertEqual((storage.kind, storage.settings), ("disk", Limit.Settings(2)))
+
+    def test_prices(self) -> None:
+        """A model's own prices are read, and every fault in them is told."""
+        config = self.load(f'{KEY}{PROVIDER}[models."a/b"]\ninput = 0.00875\noutput = 1\n')
+        self.assertEqual(config.models["a/b"].row("a/b").rates.input, 8750)
+        told = self.complaints(
+            f"{KEY}{PROVIDER}[models]\nx = 1\n[models.y]\ninput = -1\noutput = 1\n"
+            "[models.z]\ninput = 0.0000001\noutput = 1\n"
+        )
+        self.assertEqual(
+            ["models.x", "models.y.input", "models.z"], [each.partition(":")[0] for each in told]
+        )
 
     def test_aliases_and_models_of_keys(self) -> None:
         """A key may list models and aliases; both are known when the file has them further down."""

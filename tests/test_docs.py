@@ -16,11 +16,18 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from crabtwist import config, settings
+from crabtwist import settings, tables
+from crabtwist.attempt import Patience
+from crabtwist.body import MAX_JSON_DEPTH
 from crabtwist.errors import Refused
+from crabtwist.hooks import HOOK_TIMEOUT_SECONDS
+from crabtwist.http_reader import HTTPLimits
 from crabtwist.interfaces import IExtension, IExtensionMaker, IProvider, IProviderMaker
+from crabtwist.pricing import ModelSettings
 from crabtwist.providers.anthropic import AnthropicSettings
+from crabtwist.routing import Deployment
 from crabtwist.testing import FakeServices, make_context
+from crabtwist.upstream import ConnectionLimits
 from crabtwist.values import Call
 
 CHECKOUT = Path(__file__).parents[1]
@@ -114,7 +121,7 @@ class ConfigurationPageTests(SynchronousTestCase):
     def test_every_key_is_there(self) -> None:
         """Each key of each table has a row, with its real default."""
         rows = self.rows()
-        for cls in (config.GatewaySettings, config.ProviderSettings, AnthropicSettings):
+        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings):
             for field in attrs.fields(cls):
                 self.assertIn(field.name, rows)
                 if isinstance(field.default, bool | int | float):
@@ -123,9 +130,25 @@ class ConfigurationPageTests(SynchronousTestCase):
     def test_no_other_key_is_there(self) -> None:
         """The page names no key that does not exist."""
         known = {"name", "key"}
-        for cls in (config.GatewaySettings, config.ProviderSettings, AnthropicSettings):
+        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings):
             known |= {field.name for field in attrs.fields(cls)}
         self.assertEqual(set(), self.rows().keys() - known)
+
+
+class PricesPageTests(SynchronousTestCase):
+    """The page on prices."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key of `[models.NAME]` has a row, and no other."""
+        rows = dict(_ROW.findall((DOCS / "prices.md").read_text()))
+        self.assertEqual({field.name for field in attrs.fields(ModelSettings)}, set(rows))
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "prices.md").read_text(), re.DOTALL)
+        complaints: list[str] = []
+        settings.read(ModelSettings, tomllib.loads(example)["models"]["my-model"], "models", complaints)
+        self.assertEqual([], complaints)
 
 
 class LinksTests(SynchronousTestCase):
@@ -143,3 +166,39 @@ class LinksTests(SynchronousTestCase):
         for name in re.findall(r"`((?:\w+/)?\w+\.py)`", (DOCS / "tour.md").read_text()):
             found = (CHECKOUT / "crabtwist" / name).exists() or (CHECKOUT / name).exists()
             self.assertTrue(found, name)
+
+
+class DefaultsTests(SynchronousTestCase):
+    """Defaults that stand in the configuration and in the rooms."""
+
+    def test_agree(self) -> None:
+        """What a room does by default is what the configuration says it does."""
+        gateway, provider = (
+            tables.GatewaySettings(),
+            tables.ProviderSettings(kind="k", models=(tables.ServedModel(name="m"),)),
+        )
+        http, patience, links = HTTPLimits(), Patience(), ConnectionLimits()
+        deployment = Deployment(None, "m", "m")
+        for said, done in (
+            (gateway.max_body_bytes, http.max_body_bytes),
+            (gateway.max_head_bytes, http.max_head_bytes),
+            (gateway.head_timeout, http.head_timeout_seconds),
+            (gateway.body_timeout, http.body_timeout_seconds),
+            (gateway.keep_alive_timeout, http.keep_alive_timeout_seconds),
+            (gateway.commit_seconds, patience.commit_seconds),
+            (gateway.ping_seconds, patience.ping_seconds),
+            (gateway.client_stall_timeout, patience.client_stall_seconds),
+            (gateway.max_event_bytes, patience.max_event_bytes),
+            (gateway.max_answer_copy_bytes, patience.max_answer_copy_bytes),
+            (gateway.hook_timeout, HOOK_TIMEOUT_SECONDS),
+            (gateway.max_json_depth, MAX_JSON_DEPTH),
+            (provider.weight, deployment.weight),
+            (provider.max_retries, deployment.max_retries),
+            (provider.retry_deadline, deployment.retry_deadline_seconds),
+            (provider.timeout, deployment.head_timeout_seconds),
+            (provider.idle_timeout, deployment.idle_timeout_seconds),
+            (provider.connect_timeout, links.connect_timeout_seconds),
+            (provider.max_connections, links.max_connections),
+            (provider.connection_wait, links.connection_wait_seconds),
+        ):
+            self.assertEqual(said, done)

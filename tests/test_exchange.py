@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -16,6 +17,7 @@ from crabtwist.extension import Extension
 from crabtwist.gateway import Gateway
 from crabtwist.hooks import Hooks
 from crabtwist.keys import VirtualKey
+from crabtwist.pricing import ModelSettings, PriceBook
 from crabtwist.routing import Deployment, Registry
 from crabtwist.testing import EVENT_STREAM, JSON, FakeProvider, FakeResponse
 from crabtwist.values import Answer, Context, Headers, Outcome, UsageEvent
@@ -170,6 +172,44 @@ class PlainTests(ExchangeTestCase):
             self.assertEqual((200, shown), (self.outcome.status, len(self.recorder.responses)))
 
 
+class CostTests(ExchangeTestCase):
+    """What requests cost."""
+
+    def cost_of(self, answer: FakeResponse, **prices: Any) -> int | None:
+        """Return the cost of a request that `answer` answers."""
+        self.gateway(FakeProvider("p", [answer]), max_retries=0)
+        own = {"m": ModelSettings(**prices).row("m")} if prices else {}
+        self.gateway_.registry = attrs.evolve(
+            self.gateway_.registry,
+            models=[each for several in self.gateway_.registry.models.values() for each in several],
+            prices=PriceBook((), own),
+        )
+        self.ask()
+        return self.outcome.cost
+
+    def test_known(self) -> None:
+        """The usage of the answer at the price of its model, in picodollars; the row is kept with it."""
+        self.assertEqual(
+            4 * 3_000_000 + 6 * 15_000_000, self.cost_of(FakeResponse(200, JSON, MESSAGE), input=3, output=15)
+        )
+        assert self.outcome.price is not None
+        self.assertEqual("m", self.outcome.price.model)
+
+    def test_unknown_price(self) -> None:
+        """Without a price nothing is made up."""
+        self.assertIsNone(self.cost_of(FakeResponse(200, JSON, MESSAGE)))
+
+    def test_unknown_usage(self) -> None:
+        """Of what was asked and never counted nobody can tell."""
+        self.assertIsNone(self.cost_of(FakeResponse(200, JSON, b"{}"), input=3, output=15))
+
+    def test_nobody_asked(self) -> None:
+        """What reached no upstream is free."""
+        self.gateway(FakeProvider())
+        self.ask(model="x")
+        self.assertEqual(0, self.outcome.cost)
+
+
 class RefusalTests(ExchangeTestCase):
     """What never reaches an upstream."""
 
@@ -278,6 +318,7 @@ class AttemptTests(ExchangeTestCase):
         self.gateway(first, FakeProvider("q", [ConnectFailed("no route")]), max_retries=0)
         request = self.ask()
         self.assertEqual((529, OVERLOADED, "r"), (request.code, request.data, request.header("request-id")))
+        self.assertEqual("verbatim", request.header("x-crabtwist-fidelity"))
         self.assertEqual((529, "upstream"), (self.outcome.status, self.outcome.ended_by))
 
     def test_nobody_there(self) -> None:

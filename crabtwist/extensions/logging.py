@@ -9,6 +9,7 @@ from twisted.logger import Logger
 
 from crabtwist.errors import UpstreamError
 from crabtwist.extension import Extension
+from crabtwist.money import in_dollars
 from crabtwist.values import Context, Outcome, Usage
 
 
@@ -66,6 +67,7 @@ class LoggingExtension(Extension):
             first_byte_ms=_milliseconds(outcome.first_byte_seconds),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            cost=None if outcome.cost is None else in_dollars(outcome.cost),
             bytes_in=outcome.bytes_in,
             bytes_out=outcome.bytes_out,
         )
