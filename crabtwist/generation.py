@@ -30,6 +30,7 @@ class Services:
 
     clock: Any
     directory: Path
+    storage: Any = None
     limits: ConnectionLimits = attrs.field(factory=ConnectionLimits)
     on_stale_retry: Callable[[], object] | None = None
     agents: list[UpstreamAgent] = attrs.field(factory=list)

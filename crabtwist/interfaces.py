@@ -69,6 +69,7 @@ class IServices(Interface):
     """What the gateway lends to those that it makes."""
 
     clock = Attribute("An `IReactorTime`: the only clock that plugins should read.")
+    storage = Attribute("The configured `IStorage`, for extensions; None for providers and for stores.")
     directory = Attribute("A `pathlib.Path`: the configuration's folder, where relative paths begin.")
 
     def agent(*, ca_file=None):  # type: ignore[no-untyped-def]
@@ -190,3 +191,70 @@ class IStorage(Interface):
 
     def delete(namespace, key):  # type: ignore[no-untyped-def]
         """Forget a value or a counter; forgetting what is not there is fine."""
+
+
+class ILedger(Interface):
+    """
+    The record of every request: appended to, read, and in the end forgotten.
+
+    Records are `crabtwist.records.Record`.  Times are Unix time in microseconds, days those of UTC.
+    """
+
+    def open():  # type: ignore[no-untyped-def]
+        """
+        Return a Deferred that fires when the ledger can be used.
+
+        Brings a file or schema of an older version up to date; fails with
+        `crabtwist.errors.ConfigurationError` for one of a newer version.
+        """
+
+    def close():  # type: ignore[no-untyped-def]
+        """Return a Deferred that fires when everything is written and let go."""
+
+    def append(records):  # type: ignore[no-untyped-def]
+        """
+        Add a sequence of records, all or none, and their sums to the totals.
+
+        A record whose id is there already changes nothing, so what failed or was cancelled may be tried
+        again.  The Deferred fires with how many were new, when a power cut can no longer take them.
+        """
+
+    def get(request_id):  # type: ignore[no-untyped-def]
+        """Return a Deferred of the record of a request, or of None."""
+
+    def records(  # type: ignore[no-untyped-def]
+        *,
+        principal=None,
+        model=None,
+        provider=None,
+        reason=None,
+        since=None,
+        until=None,
+        before=None,
+        limit=100,
+    ):
+        """
+        Return a Deferred of a `crabtwist.records.Page`, newest accepted first.
+
+        Filters that are None do not filter; `principal` "" finds the requests without a key.  `since`
+        (included) and `until` (excluded) bound `accepted_at`.  `before` is that of the page before this
+        one.  Fails with ValueError for a `before` that is none.
+        """
+
+    def totals(by, *, since=None, until=None):  # type: ignore[no-untyped-def]
+        """
+        Return a Deferred of a list of `crabtwist.records.Total`, sorted by what they are by.
+
+        `by` holds any of "principal", "model", "provider" and "day"; without any there is one total, of
+        everything, if there is anything.  `since` (included) and `until` (excluded) are
+        `datetime.date`.  Totals stay when the records that they sum up are pruned.  Fails with ValueError
+        for other words.
+        """
+
+    def prune(*, older_than=None, max_records=None, step=500):  # type: ignore[no-untyped-def]
+        """
+        Forget the oldest records, those accepted before `older_than` and those beyond `max_records`.
+
+        At most `step` at once, so that nothing else waits for long.  Returns a Deferred of how many were
+        forgotten.  What is forgotten and then appended again counts twice: deliver before pruning.
+        """

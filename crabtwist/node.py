@@ -34,7 +34,7 @@ from crabtwist.metrics import Metrics
 from crabtwist.tables import GatewaySettings
 from crabtwist.values import Headers
 from crabtwist.web.admission import Admission
-from crabtwist.web.answers import refuse_unread, send_refusal
+from crabtwist.web.answers import refuse_unread
 from crabtwist.web.app import make_app
 
 #: How long the last words to those that were interrupted may take.
@@ -72,6 +72,7 @@ class Node(Service):
         self._generation = Generation(config, reactor, metrics, directory)
         self._services = Services(clock=reactor, directory=directory)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
+        self._services.storage = self._storage
         self._storage_is_open = False
         self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
         self.gateway = Gateway(
@@ -88,12 +89,13 @@ class Node(Service):
         self._listener = Listener(endpoints, self._factory())
 
     def _factory(self) -> GatewayFactory:
+        admission = Admission(self.gateway)
         return GatewayFactory(
             make_app(self.gateway).resource(),
             reactor=self._reactor,
             limits=_http_limits(self._config),
-            admit=Admission(self.gateway),
-            render_refusal=send_refusal,
+            admit=admission,
+            render_refusal=admission.refuse,
             refuse=self._refuse_bad_http,
         )
 

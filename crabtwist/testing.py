@@ -34,6 +34,7 @@ class FakeServices:
     def __init__(self, clock: Clock | None = None, directory: Path | None = None) -> None:
         self.clock = clock or Clock()
         self.directory = directory or Path()
+        self.storage: Any = None
 
     def agent(self, *, ca_file: str | None = None) -> Any:
         """There is no network here."""

@@ -77,9 +77,11 @@ class Bouncer(Extension):
     name = "bouncer"
 
     def __init__(self, settings, services):
-        pass
+        self.storage = services.storage
 
-    def on_request(self, context):
+    async def on_request(self, context):
+        if context.max_tokens == 7 and await self.storage.increment("bouncer", b"seven", 1) > 2:
+            raise Refused(429, None, "twice is enough")
         if (context.max_tokens or 0) > 100:
             raise Refused(402, None, "that is too much")
         if context.max_tokens == 13:
@@ -266,6 +268,11 @@ class TestExtension(Dropping):
         response = self.ask("", "gone", max_tokens=101, read=False)
         self.assertEqual(response.status, 402)
         self.assertEqual(json.loads(response.read())["error"]["message"], "that is too much")
+
+    def test_storage(self) -> None:
+        """An extension may use the configured store; it is open before the first request."""
+        statuses = [self.ask("", "echo", max_tokens=7).status for _ in range(3)]
+        self.assertEqual(statuses, [200, 200, 429])
 
     def test_every_end(self) -> None:
         """The end of each request is told exactly once, however it ended."""
