@@ -15,6 +15,7 @@ from crabtwist.errors import (
     BrokenBeforeFirstEvent,
     ConnectionBroken,
     CredentialRejected,
+    ErrorEvent,
     HeadTimedOut,
     NotAnEventStream,
     Redirected,
@@ -161,11 +162,16 @@ class Attempt:
         encoding = first(fields, b"content-encoding") or b"identity"
         if content_type == b"text/event-stream" and encoding.lower() == b"identity":
             return
-        await self._body(response)
+        body = await self._body(response)
+        if content_type == b"application/json" and body is not None:
+            self.reader.body(body)
         what = content_type if content_type != b"text/event-stream" else encoding + b"-encoded events"
-        raise NotAnEventStream(
+        error = NotAnEventStream(
             f"a stream was asked for and the upstream answered with {what.decode('latin-1')!r}"
         )
+        # A whole answer that counts has been billed; another would be, too.
+        error.final = self.reader.usage is not None
+        raise error
 
     def _judge_beginning(self, relay: StreamRelay, fields: Headers) -> None:
         """Raise if the first event says that another attempt may do better, or if there is none."""
@@ -174,7 +180,7 @@ class Attempt:
             if said is not None and said.status in CREDENTIAL_STATUSES:
                 raise self._credential_rejected(said.type)
             if said is not None and said.status in TRANSIENT_STATUSES:
-                raise self._status_error(said, self._in_dialect(said, fields), fields)
+                raise self._status_error(said, self._in_dialect(said, ErrorEvent.slug, fields), fields)
             if relay.end is not None and relay.end.error is not None and not self.reader.began:
                 raise BrokenBeforeFirstEvent(f"before the first event: {relay.end.error.message}")
         except UpstreamError:
@@ -186,13 +192,10 @@ class Attempt:
     async def _not_successful(self, response: IResponse, fields: Headers) -> Reply:
         if response.code in CREDENTIAL_STATUSES:
             body = await self._body(response)
-            said = self._operation.dialect.read_error(body)
+            said = self._operation.dialect.read_error(body or b"")
             raise self._credential_rejected(said.type if said else "")
         if response.code in TRANSIENT_STATUSES:
-            body = await self._body(response)
-            said = self._operation.dialect.read_error(body)
-            answer = Answer(response.code, downward(fields), body)
-            raise self._status_error(said or UpstreamSays(response.code, "", ""), answer, fields)
+            raise self._transient(response.code, await self._body(response), fields)
         if response.code < 400:
             await self._body(response)
             raise Redirected(
@@ -200,14 +203,14 @@ class Attempt:
             )
         return await self._plain(response, fields, None)
 
-    async def _body(self, response: IResponse) -> bytes:
-        """Return a body that is not passed on, or the beginning of an absurd one."""
+    async def _body(self, response: IResponse) -> bytes | None:
+        """Return a body that is not passed on at once, None if it broke off or is absurdly long."""
         relay = PlainRelay(response, self._clock, self._limits, reader=None, hold_bytes=ERROR_BODY_BYTES)
         relay.open()
         await _until_ready(relay)
-        held = relay.held
+        whole = relay.end is not None and relay.end.error is None
         relay.stop()
-        return held
+        return relay.held if whole else None
 
     # Words.
 
@@ -219,6 +222,14 @@ class Attempt:
             + (f" ({kind})" if kind else "")
         )
 
+    def _transient(self, status: int, body: bytes | None, fields: Headers) -> UpstreamStatus:
+        dialect = self._operation.dialect
+        if body is None:
+            said = UpstreamSays(status, dialect.error_type(status), "the upstream's words for it broke off")
+            return self._status_error(said, self._in_dialect(said, UpstreamStatus.slug, fields), fields)
+        said = dialect.read_error(body) or UpstreamSays(status, "", "")
+        return self._status_error(said, Answer(status, downward(fields), body), fields)
+
     def _status_error(self, said: UpstreamSays, answer: Answer, fields: Headers) -> UpstreamStatus:
         transient = first(fields, b"x-should-retry") != b"false"
         message = f"the upstream answered with status {answer.status} {said.type} {said.message}".strip()
@@ -228,11 +239,12 @@ class Attempt:
         )
         return error
 
-    def _in_dialect(self, said: UpstreamSays, fields: Headers) -> Answer:
-        """Return what a stream's first event said as the plain answer that it amounts to."""
-        kept = tuple((name, value) for name, value in downward(fields) if name.lower() != b"content-type")
+    def _in_dialect(self, said: UpstreamSays, slug: str, fields: Headers) -> Answer:
+        """Return what an upstream said as the plain answer that it amounts to, in the gateway's own bytes."""
+        own = (b"content-type", b"content-encoding")
+        kept = tuple((name, value) for name, value in downward(fields) if name.lower() not in own)
         body = self._operation.dialect.error_body(
-            said.status, said.type, "upstream_error_event", said.message, self._context.request_id
+            said.status, said.type, slug, said.message, self._context.request_id
         )
         return Answer(said.status, ((b"content-type", b"application/json"), *kept), body)
 

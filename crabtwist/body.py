@@ -10,7 +10,7 @@ numbers beyond what a double holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 import msgspec
@@ -155,7 +155,7 @@ def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
     members = _members(data)
     if _too_deep(data, max_depth):
         raise invalid(f"the body nests deeper than {max_depth} levels; flatten it")
-    _refuse_ambiguous_keys(members)
+    refuse_ambiguous_keys(members, KEYS_READ)
     values = {name: bytes(raw) for name, raw in members if name in KEYS_READ}
     limits = [_max_tokens(values, name) for name in ("max_completion_tokens", "max_tokens")]
     return RequestBody(
@@ -213,11 +213,12 @@ def _too_deep(data: bytes, max_depth: int) -> bool:
     return bool(brackets)
 
 
-def _refuse_ambiguous_keys(members: Sequence[tuple[str, msgspec.Raw]]) -> None:
+def refuse_ambiguous_keys(members: Sequence[tuple[str, msgspec.Raw]], keys: Collection[str]) -> None:
+    """Raise `Refusal` (400) if one of `keys`, which the gateway reads, could be read differently."""
     seen = set()
     for name, _ in members:
         folded = name.casefold()
-        if folded not in KEYS_READ:
+        if folded not in keys:
             continue
         if folded in seen:
             raise invalid(f'the key "{folded}" stands twice (other letter cases count); send it once')

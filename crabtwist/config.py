@@ -14,9 +14,9 @@ from types import MappingProxyType
 
 import attrs
 
-from crabtwist.discovery import Makers, own_settings, pick
+from crabtwist.discovery import M, Makers, own_settings, pick
 from crabtwist.errors import ConfigurationError
-from crabtwist.interfaces import IExtensionMaker, IProviderMaker, IStorageMaker
+from crabtwist.interfaces import IExtensionMaker, ILedgerMaker, IProviderMaker, IStorageMaker
 from crabtwist.keys import EVERY_MODEL, KeySettings, check_distinct
 from crabtwist.pricing import ModelSettings
 from crabtwist.settings import (
@@ -60,6 +60,15 @@ class ConfiguredStorage:
     settings: object
 
 
+@attrs.frozen
+class ConfiguredLedger:
+    """The `[ledger]`."""
+
+    kind: str
+    maker: ILedgerMaker
+    settings: object
+
+
 @attrs.frozen(kw_only=True)
 class Config(GatewaySettings):
     """
@@ -74,6 +83,7 @@ class Config(GatewaySettings):
     models: Mapping[str, ModelSettings]
     extensions: tuple[ConfiguredExtension, ...]
     storage: ConfiguredStorage
+    ledger: ConfiguredLedger | None
 
 
 @attrs.frozen
@@ -81,7 +91,7 @@ class _Models:
     models: tuple[ServedModel, ...]
 
 
-_SECTIONS = ("providers", "keys", "aliases", "models", "extensions", "storage")
+_SECTIONS = ("providers", "keys", "aliases", "models", "extensions", "storage", "ledger")
 _COMMON = frozenset(field.name for field in attrs.fields(ProviderSettings))
 
 
@@ -124,6 +134,7 @@ def _read_document(document: dict[str, object], makers: Makers, complaints: list
     models = _models(document, complaints)
     extensions = _extensions(document, makers, complaints)
     storage = _storage(document, makers, complaints)
+    ledger = _ledger(document, makers, complaints)
     served = _served(document)
     if served is not None:
         _check_aliases(aliases, served, complaints)
@@ -141,6 +152,7 @@ def _read_document(document: dict[str, object], makers: Makers, complaints: list
         models=MappingProxyType(models),
         extensions=tuple(extensions),
         storage=storage,
+        ledger=ledger,
     )
 
 
@@ -260,15 +272,35 @@ def _extensions(
 
 
 def _storage(document: dict[str, object], makers: Makers, complaints: list[str]) -> ConfiguredStorage | None:
-    table = dict(_table(document, "storage", complaints))
-    kind = table.pop("kind", "memory")
+    found = _of_kind(document, "storage", "memory", makers.storages, makers, complaints)
+    return None if found is None else ConfiguredStorage(*found)
+
+
+def _ledger(document: dict[str, object], makers: Makers, complaints: list[str]) -> ConfiguredLedger | None:
+    if "ledger" not in document:
+        return None
+    found = _of_kind(document, "ledger", "sqlite", makers.ledgers, makers, complaints)
+    return None if found is None else ConfiguredLedger(*found)
+
+
+def _of_kind(
+    document: dict[str, object],
+    section: str,
+    default: str,
+    known: Mapping[str, M],
+    makers: Makers,
+    complaints: list[str],
+) -> tuple[str, M, object] | None:
+    """Return the kind, the maker and its settings that a section names, None after complaining."""
+    table = dict(_table(document, section, complaints))
+    kind = table.pop("kind", default)
     if not isinstance(kind, str) and kind is not UNUSABLE:
-        complaints.append("storage.kind: must be a string")
-    maker = pick(makers.storages, kind, "storage kind", "storage.kind", makers, complaints)
+        complaints.append(f"{section}.kind: must be a string")
+    maker = pick(known, kind, f"{section} kind", f"{section}.kind", makers, complaints)
     if maker is None:
         return None
-    settings = own_settings(maker, table, "storage", complaints, ("kind",))
-    return None if settings is None else ConfiguredStorage(str(kind), maker, settings)
+    settings = own_settings(maker, table, section, complaints, ("kind",))
+    return None if settings is None else (str(kind), maker, settings)
 
 
 # --- what must agree ---------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from twisted.python.modules import getModule
 from zope.interface.interface import InterfaceClass
 
 from crabtwist.errors import ConfigurationError
-from crabtwist.interfaces import IExtensionMaker, IMaker, IProviderMaker, IStorageMaker
+from crabtwist.interfaces import IExtensionMaker, ILedgerMaker, IMaker, IProviderMaker, IStorageMaker
 from crabtwist.settings import did_you_mean, read
 
-M = TypeVar("M")
+M = TypeVar("M", bound=IMaker)
 
 _STALE = (
     "If it was installed just now, delete the dropin.cache file beside its drop-in"
@@ -47,6 +47,7 @@ class Makers:
     providers: Mapping[str, IProviderMaker] = MappingProxyType({})
     extensions: Mapping[str, IExtensionMaker] = MappingProxyType({})
     storages: Mapping[str, IStorageMaker] = MappingProxyType({})
+    ledgers: Mapping[str, ILedgerMaker] = MappingProxyType({})
     failed: Mapping[str, str] = MappingProxyType({})
 
 
@@ -63,9 +64,10 @@ def discover(package: ModuleType | None = None) -> Makers:
     providers = _named(IProviderMaker, cache, failed, complaints)
     extensions = _named(IExtensionMaker, cache, failed, complaints)
     storages = _named(IStorageMaker, cache, failed, complaints)
+    ledgers = _named(ILedgerMaker, cache, failed, complaints)
     if complaints:
         raise ConfigurationError(complaints)
-    return Makers(providers, extensions, storages, MappingProxyType(failed))
+    return Makers(providers, extensions, storages, ledgers, MappingProxyType(failed))
 
 
 def missing(sort: str, word: str, known: Iterable[str], failed: Mapping[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
@@ -15,23 +17,28 @@ REQUEST_ID = b"x-crabtwist-request-id"
 FIDELITY = b"x-crabtwist-fidelity"
 ERROR = b"x-crabtwist-error"
 
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
 
 class Downstream:
     """
     One client's answer.
 
     Wraps a `twisted.web` request; every guard that writing to one needs is here and nowhere else: after
-    the client left, nothing does harm.  `status` is what the client was sent, None before.
-    `first_byte_at` is on the given clock.
+    the client left, nothing does harm.  `own_headers` are looked at when the head is said.  `status` is what
+    the client was sent, None before.  `first_byte_at` is on the given clock.
     """
 
-    def __init__(self, request: Any, clock: IReactorTime, request_id: str) -> None:
+    def __init__(
+        self, request: Any, clock: IReactorTime, request_id: str, own_headers: Mapping[str, str] = NO_HEADERS
+    ) -> None:
         self.status: int | None = None
         self.bytes_out = 0
         self.first_byte_at: float | None = None
         self._request = request
         self._clock = clock
         self._request_id = request_id
+        self._own_headers = own_headers
         self._braked = False
         self._gone = False
         self._ended = False
@@ -47,7 +54,6 @@ class Downstream:
 
     def start(self, status: int, fields: Headers, length: int | None = None) -> None:
         """Say the head; without a length the body is chunked.  Once."""
-        self.status = status
         self._request.setResponseCode(status)
         # An answer of no type stays so; Twisted would call it HTML.
         self._request.defaultContentType = None
@@ -57,10 +63,13 @@ class Downstream:
             headers.removeHeader(name)
         for name, value in fields:
             headers.addRawHeader(name, value)
+        for own, word in self._own_headers.items():
+            headers.setRawHeaders(own, [word])
         headers.setRawHeaders(REQUEST_ID, [self._request_id.encode()])
         # RFC 9110, 8.6: an answer without content says no length.
         if length is not None and status != 204:
             headers.setRawHeaders(b"content-length", [str(length).encode()])
+        self.status = status
 
     def flush_head(self) -> None:
         """Send the head now, before any body is there."""

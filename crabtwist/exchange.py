@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from crabtwist import body as bodies
 from crabtwist import values
 from crabtwist.attempt import Attempt, Patience, Reply
+from crabtwist.bookkeeping import Bookkeeping
 from crabtwist.dialects.operations import Operation
 from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
 from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_error
@@ -27,9 +28,7 @@ from crabtwist.health import Health
 from crabtwist.hooks import Hooks
 from crabtwist.keys import VirtualKey, allows
 from crabtwist.metrics import Metrics
-from crabtwist.money import PriceRow
 from crabtwist.plain_relay import PlainRelay
-from crabtwist.pricing import receipt
 from crabtwist.relay import CLIENT_LEFT, End
 from crabtwist.retry import delay_before_retry
 from crabtwist.routing import Deployment, Registry, order
@@ -52,6 +51,7 @@ class Surroundings(Protocol):
     patience: Patience
     max_json_depth: int
     inject_stream_usage: bool
+    books: Bookkeeping | None
 
 
 class Exchange:
@@ -81,6 +81,7 @@ class Exchange:
             principal=key.name if key else None,
             stream=False,
             started_at=gateway.clock.seconds(),
+            body_bytes=len(request.body),
         )
         self.outcome: Outcome | None = None
         self.model_known = False
@@ -89,7 +90,7 @@ class Exchange:
         self._operation = operation
         self._request = request
         self._key = key
-        self._client = Downstream(request, gateway.clock, request_id)
+        self._client = Downstream(request, gateway.clock, request_id, self.context.answer_headers)
         self._attempts: list[values.Attempt] = []
         self._reply: Reply | None = None
         self._usage: Usage | None = None
@@ -120,30 +121,35 @@ class Exchange:
     async def run(self) -> None:
         """Tell the whole story."""
         ended_by: EndedBy = "gateway"
-        reason, message = "complete", None
+        reason, message = "internal_error", None
         try:
-            candidates = self._read()
-            await self._gateway.hooks.request(self.context)
-            answer = await self._gateway.hooks.cached(self.context, self._request.body)
-            if answer is not None:
-                self._cache_hit = True
-                self._client.answer(answer)
-            else:
-                ended_by, reason, message = await self._ask_and_relay(candidates)
-        except Refusal as refusal:
-            self._refuse(refusal)
-            reason, message = refusal.slug, refusal.message
-        except UpstreamError as error:
-            self._give_up(error)
-            ended_by, reason, message = "upstream", error.slug, error.message
+            ended_by, reason, message = await self._answer()
         except CancelledError:
             ended_by, reason, message = self._cancelled()
         except Exception as error:
             _log.failure("request {request_id} failed", request_id=self.context.request_id)
+            message = type(error).__name__
             self._crashed()
-            reason, message = "internal_error", type(error).__name__
         finally:
             self._settle(ended_by, reason, message)
+
+    async def _answer(self) -> tuple[EndedBy, str, str | None]:
+        """Answer, with whatever there is to be said, and return how that ended."""
+        try:
+            candidates = self._read()
+            await self._gateway.hooks.request(self.context)
+            answer = await self._gateway.hooks.cached(self.context, self._request.body)
+            if answer is None:
+                return await self._ask_and_relay(candidates)
+            self._cache_hit = True
+            self._client.answer(answer)
+        except Refusal as refusal:
+            self._refuse(refusal)
+            return "gateway", refusal.slug, refusal.message
+        except UpstreamError as error:
+            self._give_up(error)
+            return "upstream", error.slug, error.message
+        return "gateway", "complete", None
 
     # Reading.
 
@@ -199,11 +205,20 @@ class Exchange:
                 gateway.metrics.retried(deployment.provider.name, error.slug)
                 await deferLater(gateway.clock, delay)
 
+    @property
+    def _abandoned(self) -> bool:
+        """Whether nobody waits any more; a guard or a provider may have swallowed the order to stop."""
+        return self._interrupted is not None or not self._client.open
+
     async def _attempt(self, deployment: Deployment) -> Reply:
+        if self._abandoned:
+            raise CancelledError
         gateway, context = self._gateway, self.context
         context.provider, context.upstream_model = deployment.provider.name, deployment.upstream_model
         self._vendor = deployment.provider.kind
         asks_for_usage, call = self._call(deployment)
+        if gateway.books is not None:
+            gateway.books.reserve(context, self.registry.prices.find(self._vendor, call.model, context.model))
         attempt = Attempt(
             context,
             self._operation,
@@ -264,8 +279,11 @@ class Exchange:
     # Relaying.
 
     async def _relay(self, reply: Reply) -> tuple[EndedBy, str, str | None]:
-        self._reply = reply
         relay = reply.relay
+        if self._abandoned:
+            relay.stop()
+            raise CancelledError
+        self._reply = reply
         length = relay.length if isinstance(relay, PlainRelay) else None
         self._client.start(reply.status, (*reply.headers, (FIDELITY, self._fidelity)), length)
         self._client.flush_head()
@@ -346,7 +364,12 @@ class Exchange:
 
     def _settle(self, ended_by: EndedBy, reason: str, message: str | None) -> None:
         usage = None if self._cache_hit else self._usage
-        price, cost = self._cost(usage)
+        context = self.context
+        # Of what was asked and never counted nobody can tell what it costs; what was never asked is free.
+        price, cost = None, None if self._attempts else 0
+        if usage is not None:
+            model = self._model_answered or context.upstream_model
+            price, cost = self.registry.prices.cost(usage, self._vendor, model, context.model)
         started_at, now = self.context.started_at, self._gateway.clock.seconds()
         first_byte_at = self._client.first_byte_at
         self.outcome = Outcome(
@@ -365,16 +388,6 @@ class Exchange:
             cost=cost,
             price=price,
         )
-
-    def _cost(self, usage: Usage | None) -> tuple[PriceRow | None, int | None]:
-        """Return the price of the model that answered, and what the request cost."""
-        if usage is None:
-            # Of what was asked and never counted nobody can tell; what was never asked is free.
-            return None, None if self._attempts else 0
-        context, prices = self.context, self.registry.prices
-        row = prices.find(self._vendor, self._model_answered or context.upstream_model, context.model)
-        priced = receipt(usage, row, prices, self._vendor)
-        return row, None if priced.unpriced else priced.total
 
     def _status(self, reason: str) -> int:
         if reason == "client_left" or self._client.status is None:

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 
 from crabtwist.attempt import Patience
 from crabtwist.body import MAX_JSON_DEPTH
+from crabtwist.bookkeeping import Bookkeeping
 from crabtwist.dialects.operations import Operation
 from crabtwist.exchange import Exchange
 from crabtwist.health import Health
@@ -33,7 +34,7 @@ class Gateway:
     The gateway itself, without sockets.
 
     `registry` and `keys` may be replaced at any time; an exchange keeps those that it began with.
-    `keys` None means that anybody may ask.
+    `keys` None means that anybody may ask, `books` None that no ledger is kept.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Gateway:
         patience: Patience | None = None,
         max_json_depth: int = MAX_JSON_DEPTH,
         inject_stream_usage: bool = True,
+        books: Bookkeeping | None = None,
     ) -> None:
         self.clock = clock
         self.registry = registry
@@ -60,6 +62,7 @@ class Gateway:
         self.patience = patience or Patience()
         self.max_json_depth = max_json_depth
         self.inject_stream_usage = inject_stream_usage
+        self.books = books
         self.draining = False
         self._running: set[Exchange] = set()
         self._subscribers: list[UsageSubscriber] = []
@@ -118,6 +121,8 @@ class Gateway:
         self.metrics.active.dec()
         context, outcome = exchange.context, exchange.outcome
         assert outcome is not None, "an exchange cannot end without having been settled"
+        if self.books is not None:
+            self.books.settle(context, outcome)
         self.metrics.settled(context, outcome, known_model=exchange.model_known)
         self._publish(exchange)
         self.hooks.ended(context, outcome)

@@ -22,7 +22,7 @@ from twisted.web.http import PotentialDataLoss
 from zope.interface import implementer
 
 from crabtwist.errors import ConnectionBroken
-from crabtwist.http_request import BytesBody, HTTP1Request, OrderedHeaders, Upload
+from crabtwist.http_request import BytesBody, HTTP1Request, OrderedHeaders, Sending, Upload
 from crabtwist.http_response import MAX_HEAD_BYTES, MAX_HEADERS, HTTP1Response, ResponseBody, ResponseParser
 
 __all__ = ["BytesBody", "HTTP1ClientProtocol", "HTTP1Request", "HTTP1Response", "OrderedHeaders"]
@@ -39,7 +39,7 @@ class _Exchange:
     parser: ResponseParser
     body: ResponseBody
     head: Deferred[HTTP1Response] | None
-    upload: Upload | None = None
+    upload: Upload | Sending | None = None
 
 
 @implementer(IHandshakeListener)
@@ -196,8 +196,11 @@ class HTTP1ClientProtocol(Protocol):
     def _send(self, exchange: _Exchange) -> None:
         request = exchange.request
         whole = request.whole_body
-        if whole is not None:
+        if whole is not None and len(whole) < READ_BYTES:
             self._wire.writeSequence([request.head, whole])
+        elif whole is not None:
+            exchange.upload = sending = Sending(self._wire)
+            sending.send([request.head, whole])
         elif request.body is not None:
             self._wire.write(request.head)
             exchange.upload = Upload(self._wire, request.body, self._break)

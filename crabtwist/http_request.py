@@ -145,6 +145,34 @@ class HTTP1Request:
         return self.body.data if isinstance(self.body, BytesBody) else None
 
 
+@implementer(IPushProducer)
+class Sending:
+    """A body in hand on its way out: `finished` once the transport holds no more than a buffer of it."""
+
+    def __init__(self, transport: Any) -> None:
+        self.finished = True
+        self._transport = transport
+
+    def send(self, pieces: list[bytes]) -> None:
+        """Write them all; only a transport that is a producer's consumer tells when they have left."""
+        self._transport.registerProducer(self, streaming=True)
+        self._transport.writeSequence(pieces)
+        if self.finished:
+            self._transport.unregisterProducer()
+
+    def pauseProducing(self) -> None:
+        """Learn that some of it waits."""
+        self.finished = False
+
+    def resumeProducing(self) -> None:
+        """Learn that it has left."""
+        if not self.finished:
+            self.finished = True
+            self._transport.unregisterProducer()
+
+    stopProducing = resumeProducing
+
+
 @implementer(IConsumer, IPushProducer)
 class Upload:
     """Pours a body that is not in hand into a connection, and sees to it that it is as long as promised."""

@@ -193,6 +193,15 @@ class IStorage(Interface):
         """Forget a value or a counter; forgetting what is not there is fine."""
 
 
+class ILedgerMaker(IMaker):
+    """Makes the ledgers of one kind."""
+
+    kind = Attribute("The word after `kind =` in `[ledger]`: lower case, unique among all makers.")
+
+    def make(settings, services):  # type: ignore[no-untyped-def]
+        """Return an `ILedger`.  Opens nothing yet; may raise `ConfigurationError`."""
+
+
 class ILedger(Interface):
     """
     The record of every request: appended to, read, and in the end forgotten.

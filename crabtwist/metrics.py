@@ -111,6 +111,10 @@ class Metrics:
             registry=registry,
         )
 
+    def show(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Add a gauge `crabtwist_NAME` that `read` is asked for whenever somebody looks."""
+        Gauge(f"crabtwist_{name}", what, registry=self.registry).set_function(read)
+
     def exposition(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,9 +1,9 @@
 """
 One running gateway: what is started, in which order, reloaded, and brought to an end.
 
-Starting: storage, extensions, providers, and only then the ports.  Stopping: `/ready` turns red and new
-work is refused, what runs may finish within `shutdown_timeout`, what then still runs is told so and
-ended, and last the connections, the ports and the rest are closed.
+Starting: storage, ledger, extensions, providers, and only then the ports.  Stopping: `/ready` turns red
+and new work is refused, what runs may finish within `shutdown_timeout`, what then still runs is told so
+and ended, and last the connections, the ports and the rest are closed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from crabtwist.attempt import Patience
+from crabtwist.bookkeeping import Bookkeeping
 from crabtwist.config import Config
 from crabtwist.errors import ConfigurationError, Refusal
 from crabtwist.gateway import Gateway
@@ -73,7 +74,8 @@ class Node(Service):
         self._services = Services(clock=reactor, directory=directory)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
         self._services.storage = self._storage
-        self._storage_is_open = False
+        self._storage_is_open = self._books_are_open = False
+        self._books = self._make_books(config, metrics)
         self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
         self.gateway = Gateway(
             clock=reactor,
@@ -85,8 +87,17 @@ class Node(Service):
             patience=_patience(config),
             max_json_depth=config.max_json_depth,
             inject_stream_usage=config.inject_stream_usage,
+            books=self._books,
         )
         self._listener = Listener(endpoints, self._factory())
+
+    def _make_books(self, config: Config, metrics: Metrics) -> Bookkeeping | None:
+        if config.ledger is None:
+            return None
+        ledger = config.ledger.maker.make(config.ledger.settings, self._services)
+        books = Bookkeeping(ledger, self._reactor, self._services.directory)
+        books.show_in(metrics)
+        return books
 
     def _factory(self) -> GatewayFactory:
         admission = Admission(self.gateway)
@@ -117,6 +128,9 @@ class Node(Service):
     async def _start(self) -> list[IListeningPort]:
         await self._storage.open()
         self._storage_is_open = True
+        if self._books is not None:
+            await self._books.start()
+            self._books_are_open = True
         for extension in self._extensions:
             if IService.providedBy(extension):
                 extension.startService()
@@ -156,7 +170,7 @@ class Node(Service):
 
     def _tell_what_stays(self, config: Config) -> None:
         """Name what the file says anew and only a restart brings about."""
-        names = [*(field.name for field in attrs.fields(GatewaySettings)), "extensions", "storage"]
+        names = [*(field.name for field in attrs.fields(GatewaySettings)), "extensions", "storage", "ledger"]
         changed = {name for name in names if getattr(config, name) != getattr(self._config, name)}
         if changed - {"allow_anonymous"}:
             self._log.warn(
@@ -189,6 +203,8 @@ class Node(Service):
         ]
         closing = [agent.close() for agent in self._services.agents]
         await DeferredList([*stopping, *closing], consumeErrors=True)
+        if self._books is not None and self._books_are_open:
+            await self._books.stop()
         if self._storage_is_open:
             await self._storage.close()
 

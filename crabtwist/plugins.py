@@ -25,7 +25,7 @@ from twisted.plugin import IPlugin
 from zope.interface import implementer
 
 from crabtwist.errors import ConfigurationError
-from crabtwist.interfaces import IExtensionMaker, IProviderMaker, IStorageMaker
+from crabtwist.interfaces import IExtensionMaker, ILedgerMaker, IProviderMaker, IStorageMaker
 
 
 @attrs.frozen
@@ -81,6 +81,23 @@ class StorageMaker:
 
     def make(self, settings: object, services: object) -> Any:
         """Return a new store.  Raises `ConfigurationError`."""
+        return _factory(self.path)(settings, services)
+
+
+@implementer(IPlugin, ILedgerMaker)
+@attrs.frozen
+class LedgerMaker:
+    """Makes a ledger by calling what is at `path` with `(settings, services)`."""
+
+    kind: str
+    path: str
+
+    def settings_class(self) -> type[attrs.AttrsInstance]:
+        """Return the factory's `Settings`.  Raises `ConfigurationError`."""
+        return _settings_class(self.path)
+
+    def make(self, settings: object, services: object) -> Any:
+        """Return a new ledger.  Raises `ConfigurationError`."""
         return _factory(self.path)(settings, services)
 
 

@@ -91,6 +91,12 @@ class PriceBook:
                 return row
         return None
 
+    def cost(self, usage: Usage, vendor: str, model: str, served: str) -> tuple[PriceRow | None, int | None]:
+        """Return the row for a model and what a usage of it costs, None where a price is unknown."""
+        row = self.find(vendor, model, served)
+        priced = receipt(usage, row, self, vendor)
+        return row, None if priced.unpriced else priced.total
+
     def _agreed(self, model: str) -> PriceRow | None:
         rows = self._by_model.get(model, [])
         return rows[0] if rows and all(row.rates == rows[0].rates for row in rows) else None

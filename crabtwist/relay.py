@@ -14,12 +14,15 @@ import attrs
 import treq
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 from crabtwist.errors import AnswerBroken, IdleTimedOut, UpstreamError
 from crabtwist.values import EndedBy
+
+_log = Logger()
 
 
 class Sink(Protocol):
@@ -179,7 +182,11 @@ class Relay:
     def _hang_up(self) -> None:
         if self._upstream_open:
             self._upstream_open = False
-            self._transport.stopProducing()
+            try:
+                self._transport.stopProducing()
+            except Exception:
+                # A provider's own response, perhaps; its client is told of the end all the same.
+                _log.failure("an upstream's answer could not be stopped")
 
     # Brakes: IPushProducer, as seen from the client's connection.
 

@@ -71,7 +71,7 @@ def _until(text: bytes | None, now: float) -> float | None:
         return None
     try:
         date = parsedate_to_datetime(text.decode("ascii"))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, OverflowError):
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)

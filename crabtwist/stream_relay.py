@@ -50,6 +50,7 @@ class StreamRelay(EventStream, Relay):
         self._waiting: list[bytes] = []
         self._said_at = clock.seconds()
         self._withheld: list[Event] = []
+        self._ends_at: float | None = None
 
     # From the upstream.
 
@@ -68,7 +69,7 @@ class StreamRelay(EventStream, Relay):
         self._pour(region)
         if self._reader.began and not self.ready.called:
             self._decided()
-        if self._reader.finished and self._sink is not None:
+        if self._sink is not None:
             self._expect_end()
 
     def eventReceived(self, event: Event) -> None:
@@ -104,8 +105,7 @@ class StreamRelay(EventStream, Relay):
         waiting, self._waiting = self._waiting, []
         for data in waiting:
             self._pour(data)
-        if self._reader.finished and self.end is None:
-            self._expect_end()
+        self._expect_end()
 
     def _decided(self) -> None:
         if self._sink is None:
@@ -116,21 +116,26 @@ class StreamRelay(EventStream, Relay):
     # The end.
 
     def _expect_end(self) -> None:
-        """After the last event an upstream may be slow to say that it was the last."""
-        self._stop_watching()
-        self._timer = self._clock.callLater(self._limits.terminal_grace_seconds, self._stop_waiting)
+        """After the last event, or an error, an upstream may be slow to say that it was the last."""
+        if self.end is not None or not (self._reader.finished or self._reader.error is not None):
+            return
+        # What trickles in after the last event does not put the end off.
+        if self._ends_at is None or not self._reader.finished:
+            self._ends_at = self._clock.seconds() + self._limits.terminal_grace_seconds
+        self._watch_anew()
 
     def _stop_waiting(self) -> None:
         self._timer = None
-        self._ended(COMPLETE)
+        self._ended(self._judge(None))
 
     def _judge(self, failure: Failure | None) -> End:
-        if self._reader.finished:
-            return COMPLETE
+        # OpenAI's kind ends a stream that failed like any other, with `[DONE]`.
         if self._reader.error is not None:
             said = self._reader.error
             error: UpstreamError = ErrorEvent(f"the upstream reported {said.type}: {said.message}")
             return End("upstream", error.slug, error)
+        if self._reader.finished:
+            return COMPLETE
         if failure is not None:
             return broken(failure)
         error = Truncated("the upstream's stream ended without its last event")
@@ -157,6 +162,13 @@ class StreamRelay(EventStream, Relay):
             self._sink.write(self._dialect.error_event(error.status, error.slug, message, self._request_id))
 
     # Silence.
+
+    def _watch(self) -> None:
+        if self._ends_at is None:
+            super()._watch()
+        elif self.end is None and self._timer is None:
+            seconds = max(0.0, self._ends_at - self._clock.seconds())
+            self._timer = self._clock.callLater(seconds, self._stop_waiting)
 
     def _due(self, now: float) -> float:
         if self._sink is None:

@@ -68,6 +68,8 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
     """Return the node that the options ask for; raises `ConfigurationError`."""
     path = Path(options["config"]).absolute()
     makers = discover()
+    # First of all: a slip in them must not cost the one showing of a first start's secrets.
+    endpoints = _endpoints(options["listen"], "--listen", reactor)
     first_start = None
     if not path.exists():
         if options["check"]:
@@ -77,7 +79,7 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
         first_start = write_first_config(path, environ)
     config = load(path, environ, makers)
     listen = options["listen"] or config.listen
-    endpoints = _endpoints(listen, "--listen" if options["listen"] else "listen", reactor)
+    endpoints = endpoints or _endpoints(listen, "listen", reactor)
     node = Node(
         config,
         reactor,

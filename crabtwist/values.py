@@ -103,7 +103,9 @@ class Context:
     `model_asked` is the client's word, `model` the name that aliases resolve it to.  `principal` is the
     name of the virtual key.  `started_at` is Unix time in seconds.  `provider` and `upstream_model` are
     those of the *current attempt* ("" before the first), so that labels and prices name who really
-    answers.  `max_tokens` is the client's own bound, None if it set none.
+    answers.  `max_tokens` is the client's own bound, None if it set none; `body_bytes` is the request's size.
+    `answer_headers` are for extensions to fill: fields, by lower-case name, that the answer will carry,
+    whoever makes it, in place of the upstream's of that name.
     """
 
     request_id: str
@@ -117,6 +119,8 @@ class Context:
     max_tokens: int | None = None
     provider: str = ""
     upstream_model: str = ""
+    body_bytes: int = 0
+    answer_headers: dict[str, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen

@@ -19,17 +19,18 @@ import crabtwist
 PACKAGE = Path(crabtwist.__file__).parent
 TESTS = Path(__file__).parent
 
-WORDS = ("money", "values", "errors", "interfaces", "settings")
+WORDS = ("money", "values", "errors", "interfaces", "settings", "records")
 GRAMMAR = (
     *("sse", "extension", "body", "headers"),
     *("dialects.base", "dialects.anthropic", "dialects.openai", "dialects.operations"),
-    "pricing",
+    *("pricing", "windows"),
 )
 POLICY = ("keys", "health", "routing", "retry", "hooks", "metrics", "plugins", "discovery")
 CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool", "upstream")
 SERVER_WIRES = ("http_reader", "gateway_request", "channel", "listener")
-WIRES = (*CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
-STORY = ("attempt", "exchange", "gateway")
+NOTES = ("segments", "journal", "delivery")
+WIRES = (*NOTES, *CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
+STORY = ("bookkeeping", "attempt", "exchange", "gateway")
 DOORS = ("web.answers", "web.admission", "web.models", "web.operations", "web.process", "web.app")
 ASSEMBLY = ("tables", "config", "generation", "first_start", "node", "tap")
 
@@ -43,8 +44,12 @@ OUTBUILDINGS = (
         (*WORDS, *GRAMMAR, *CLIENT_WIRES),
         ("providers.local", "providers.http", "providers.anthropic", "providers.openai", "providers.echo"),
     ),
-    ((*WORDS, *GRAMMAR), ("extensions.logging",)),
-    ((*WORDS, *GRAMMAR), ("storage.memory",)),
+    ((*WORDS, *GRAMMAR), ("extensions.logging", "extensions.rate_limit")),
+    (
+        (*WORDS, *GRAMMAR),
+        ("storage.memory", "storage.migrations", "storage.sqlite", "storage.redis", "storage.postgres"),
+    ),
+    ((*WORDS, *GRAMMAR), ("ledger.schema", "ledger.sqlite")),
     (WORDS, ("testing",)),
 )
 
@@ -73,6 +78,14 @@ TESTED_BY = {
     "providers.local": "test_echo",
     "providers": "test_http_providers",
     "extensions.logging": "test_logging_extension",
+    "extensions.rate_limit": "test_rate_limit",
+    "storage.migrations": "test_storage_sqlite",
+    "storage.redis": "integration/test_storage_servers",
+    "storage.postgres": "integration/test_storage_servers",
+    "segments": "test_journal",
+    "delivery": "test_journal",
+    "ledger.schema": "test_ledger_sqlite",
+    "bookkeeping": "integration/test_bookkeeping",
 }
 
 MOST_LINES = 400

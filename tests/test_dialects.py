@@ -14,6 +14,7 @@ from crabtwist.dialects.anthropic import ANTHROPIC
 from crabtwist.dialects.base import MAX_COUNT, AnswerReader, Dialect, UpstreamSays
 from crabtwist.dialects.openai import OPENAI
 from crabtwist.dialects.operations import DIALECTS, OPERATIONS, dialect_of
+from crabtwist.errors import Refusal
 from crabtwist.sse import Event, EventStream
 from crabtwist.values import Usage
 
@@ -586,6 +587,17 @@ class AskForUsageTests(SynchronousTestCase):
         for options in (b'{"include_usage": true}', b"[]", b"7", b'"x"', b"true"):
             text = b'{"model":"m","stream_options":' + options + b"}"
             self.assertEqual([], OPENAI.ask_for_usage(body.read(text)))
+
+    def test_ambiguous(self) -> None:
+        """Options that another parser may read the other way are refused: the usage would be lost."""
+        for options in (
+            b'{"include_usage":true,"include_usage":false}',
+            b'{"include_usage":true,"Include_Usage":false}',
+            b'{"INCLUDE_USAGE":false}',
+        ):
+            text = b'{"model":"m","stream_options":' + options + b"}"
+            refusal = self.assertRaises(Refusal, OPENAI.ask_for_usage, body.read(text))
+            self.assertEqual((400, "invalid_body"), (refusal.status, refusal.slug))
 
     def test_anthropic(self) -> None:
         """Anthropic's streams tell it anyway."""

@@ -284,8 +284,9 @@ class TestOwnDropIn(Scratch):
         """What comes with crabtwist is found like any drop-in's."""
         makers = discover()
         self.assertEqual(list(makers.providers), ["anthropic", "echo", "openai"])
-        self.assertEqual(list(makers.extensions), ["logging"])
-        self.assertEqual(list(makers.storages), ["memory"])
+        self.assertEqual(list(makers.extensions), ["logging", "rate_limit"])
+        self.assertEqual(list(makers.storages), ["memory", "postgres", "redis", "sqlite"])
+        self.assertEqual(list(makers.ledgers), ["sqlite"])
 
     def test_memory_storage(self) -> None:
         """The built-in store takes no settings."""

@@ -20,6 +20,7 @@ from crabtwist import settings, tables
 from crabtwist.attempt import Patience
 from crabtwist.body import MAX_JSON_DEPTH
 from crabtwist.errors import Refused
+from crabtwist.extensions.rate_limit import LimitSettings, RateLimitSettings
 from crabtwist.hooks import HOOK_TIMEOUT_SECONDS
 from crabtwist.http_reader import HTTPLimits
 from crabtwist.interfaces import IExtension, IExtensionMaker, IProvider, IProviderMaker
@@ -148,6 +149,23 @@ class PricesPageTests(SynchronousTestCase):
         [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "prices.md").read_text(), re.DOTALL)
         complaints: list[str] = []
         settings.read(ModelSettings, tomllib.loads(example)["models"]["my-model"], "models", complaints)
+        self.assertEqual([], complaints)
+
+
+class LimitsPageTests(SynchronousTestCase):
+    """The page on limits."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each limit has a row, and no other."""
+        rows = dict(_ROW.findall((DOCS / "limits.md").read_text()))
+        self.assertEqual({field.name for field in attrs.fields(LimitSettings)}, set(rows))
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "limits.md").read_text(), re.DOTALL)
+        complaints: list[str] = []
+        table = tomllib.loads(example)["extensions"]["rate_limit"]
+        settings.read(RateLimitSettings, table, "extensions.rate_limit", complaints)
         self.assertEqual([], complaints)
 
 

@@ -39,8 +39,10 @@ class Recorder(Extension):
         self.responses: list[Answer] = []
         self.cached: Answer | None = None
         self.refusal: Exception | None = None
+        self.headers: dict[str, str] = {}
 
     def on_request(self, context: Context) -> None:
+        context.answer_headers.update(self.headers)
         if self.refusal is not None:
             raise self.refusal
 
@@ -252,6 +254,24 @@ class RefusalTests(ExchangeTestCase):
         self.refused(request, 429, "refused")
         self.assertEqual("7", request.header("retry-after"))
 
+    def test_malformed_refusal(self) -> None:
+        """A refusal that cannot be sent is the gateway's failure, told and settled as that."""
+        for headers in ({"retry-after": 5}, {"not a name": "x"}):
+            self.setUp()
+            self.gateway(FakeProvider())
+            self.recorder.refusal = Refused(429, None, "no", headers)  # type: ignore[arg-type] # an extension's slip
+            self.assertEqual(500, self.ask().code)
+            self.assertEqual((500, "internal_error"), (self.outcome.status, self.outcome.reason))
+            self.assertEqual(1, len(self.flushLoggedErrors()))
+
+    def test_headers_of_extensions(self) -> None:
+        """What an extension puts into the answer's head is there, whoever made the answer."""
+        self.gateway(FakeProvider("p", [FakeResponse(200, (*JSON, (b"X-Left", b"99")), MESSAGE)]))
+        self.recorder.headers = {"x-left": "5"}
+        self.assertEqual("5", self.ask().header("x-left"))
+        self.recorder.refusal = Refused(429, None, "enough")
+        self.assertEqual("5", self.ask().header("x-left"))
+
     def test_crashed_guard(self) -> None:
         """A guard that crashes has not said yes."""
         self.gateway(FakeProvider())
@@ -369,6 +389,34 @@ class AttemptTests(ExchangeTestCase):
         outcome = self.outcome
         self.assertEqual((499, "client", "client_left"), (outcome.status, outcome.ended_by, outcome.reason))
 
+    def test_client_leaves_a_careless_guard(self) -> None:
+        """No upstream is asked for a client that left, though the guard swallowed that it did."""
+        waiting: Deferred[None] = Deferred()
+        waiting.addErrback(lambda _: None)
+        self.patch(Recorder, "on_request", lambda *_: waiting)
+        provider = FakeProvider("p", [FakeResponse(200, JSON, MESSAGE)])
+        self.gateway(provider)
+        self.ask().leave()
+        self.assertEqual((0, "client_left"), (len(provider.calls), self.outcome.reason))
+
+    def test_client_leaves_a_careless_provider(self) -> None:
+        """An answer that comes in spite of having been cancelled is not read."""
+        opening: Deferred[Any] = Deferred()
+        opening.addErrback(lambda _: FakeResponse(200, EVENT_STREAM, WHOLE))
+        self.gateway(FakeProvider("p", [opening]))
+        self.ask(stream=True).leave()
+        self.assertEqual((499, "client_left"), (self.outcome.status, self.outcome.reason))
+
+    def test_broken_error_body(self) -> None:
+        """Half of an upstream's error is not passed on as if it were whole."""
+        response = FakeResponse(529, (*JSON, (b"content-encoding", b"gzip"), (b"retry-after", b"9")))
+        self.gateway(FakeProvider("p", [response]), max_retries=0)
+        request = self.ask()
+        response.receive(OVERLOADED[:20])
+        response.break_off()
+        self.assertEqual((529, "overloaded_error"), (request.code, request.answer["error"]["type"]))
+        self.assertEqual(("9", None), (request.header("retry-after"), request.header("content-encoding")))
+
     def test_client_leaves_while_waiting(self) -> None:
         """Nobody is asked again for a client that has left."""
         provider = FakeProvider("p", [FakeResponse(529, JSON, OVERLOADED)])
@@ -461,6 +509,12 @@ class StreamTests(ExchangeTestCase):
         request = self.stream(FakeResponse(200, html, b"<p>"), FakeResponse(200, html, b"<p>"))
         self.clock.advance(1)
         self.assertEqual((502, "not_an_event_stream"), (request.code, request.header("x-crabtwist-error")))
+
+    def test_plain_answer_to_a_stream(self) -> None:
+        """Who answered a stream's request with a whole answer is not asked again; what it used is known."""
+        self.stream(FakeResponse(200, JSON, MESSAGE))
+        assert self.outcome.usage is not None
+        self.assertEqual((1, 6), (len(self.provider.calls), self.outcome.usage.completion_tokens))
 
     def test_truncated(self) -> None:
         """A stream without its last event ends with an error event, status 0 and what usage there was."""

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import attrs
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 import crabtwist
@@ -22,6 +23,7 @@ from crabtwist.errors import ConfigurationError
 from crabtwist.first_start import CLAUDE_MODELS, GPT_MODELS, FirstStart, welcome, write_first_config
 from crabtwist.plugins import ExtensionMaker, ProviderMaker, StorageMaker
 from crabtwist.settings import Secret
+from crabtwist.tap import Options, make_node
 
 
 class Upstream:
@@ -150,6 +152,14 @@ class TestWriting(Starting):
             check=True,
         )
         self.assertIn("cannot be written: File too large", run.stdout)
+        self.assertFalse(self.path.exists())
+
+    def test_slip_in_an_option(self) -> None:
+        """A first start that cannot listen where it should writes nothing, since it would show nothing."""
+        options = Options()
+        options.parseOptions(["-c", str(self.path), "-l", "nowhere"])
+        error = self.assertRaises(ConfigurationError, make_node, options, Clock(), {})
+        self.assertIn("--listen[0]", error.complaints[0])
         self.assertFalse(self.path.exists())
 
     def test_printed_without_secrets(self) -> None:

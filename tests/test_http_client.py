@@ -306,6 +306,19 @@ class SendingTests(ConnectionTestCase):
         self.assertEqual(b"hello", self.successResultOf(head))
         self.assertEqual((["stop"], ["gone"]), (tap.calls, self.events))
 
+    def test_early_answer_to_a_large_body(self) -> None:
+        """The same for a body in hand of which some is still here: the next request would wait behind it."""
+        for leaves, events in ((True, ["idle"]), (False, ["gone"])):
+            self.setUp()
+            wire: Any = self.wire
+            self.patch(wire, "writeSequence", lambda _, wire=wire: wire.producer.pauseProducing())
+            head = self.send(BytesBody(bytes(READ_BYTES))).addCallback(treq.content)
+            if leaves:
+                wire.producer.resumeProducing()
+            wire.say(HELLO)
+            self.assertEqual(b"hello", self.successResultOf(head))
+            self.assertEqual((events, None), (self.events, wire.producer))
+
     def test_cancelled_body(self) -> None:
         """A request that is given up produces no more of its body."""
         head = self.send(tap := Tap(5))

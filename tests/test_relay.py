@@ -225,6 +225,39 @@ class StreamTests(SynchronousTestCase):
         self.assertTrue(self.response.stopped)
         self.assertTrue(self.sink.finished)
 
+    def test_trickle_after_the_last_event(self) -> None:
+        """Nor is what it goes on saying."""
+        self.begin()
+        self.response.receive(WHOLE)
+        for _ in range(4):
+            self.response.receive(b": still here\n\n")
+            self.clock.advance(0.25)
+        self.assertEqual("complete", self.successResultOf(self.relay.done).reason)
+        self.assertTrue(self.response.stopped)
+
+    def test_open_after_an_error(self) -> None:
+        """Nor one that reported an error and then says nothing."""
+        self.begin()
+        self.response.receive(START + ERROR)
+        self.clock.advance(1)
+        self.broken("upstream_error_event", START + ERROR, told=False)
+        self.assertTrue(self.sink.finished)
+
+    def test_error_and_last_event(self) -> None:
+        """A stream that reported an error has failed, though it ends like a whole one."""
+        self.begin()
+        self.response.receive(START + ERROR + STOP)
+        self.response.end()
+        self.broken("upstream_error_event", START + ERROR + STOP, told=False)
+
+    def test_cannot_be_stopped(self) -> None:
+        """A response that fails to stop keeps nobody from hearing of the end."""
+        self.begin()
+        self.patch(self.response, "stopProducing", lambda: 1 / 0)
+        self.clock.pump([10] * 11)
+        self.assertEqual("idle_timeout", self.successResultOf(self.relay.done).reason)
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
     def test_every_event_is_shown(self) -> None:
         """Those who listen see each event once, in order."""
         self.begin()

@@ -22,6 +22,8 @@ from crabtwist.routing import Deployment
 from crabtwist.testing import FakeProvider
 
 NOW = 1_800_000_000.0
+#: A date in a year that no machine has a number for.
+ENDLESS = b"Mon, 01 Jan 99999999999999999999 00:00:00 GMT"
 
 
 class StatusTests(SynchronousTestCase):
@@ -123,7 +125,18 @@ class RetryAfterTests(SynchronousTestCase):
 
     def test_nothing(self) -> None:
         """An upstream that does not say, or says nonsense, has not said."""
-        for text in (None, b"", b"soon", b"-5", b"nan", b"inf", b"1e999", b"\xff", b"Fri, 99 Foo 2026"):
+        for text in (
+            None,
+            b"",
+            b"soon",
+            b"-5",
+            b"nan",
+            b"inf",
+            b"1e999",
+            b"\xff",
+            b"Fri, 99 Foo 2026",
+            ENDLESS,
+        ):
             self.assertIsNone(retry_after_seconds(None, text, NOW))
             self.assertIsNone(retry_after_seconds(text, text, NOW))
 

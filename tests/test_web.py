@@ -24,7 +24,6 @@ from crabtwist.routing import Deployment, Registry
 from crabtwist.settings import Secret
 from crabtwist.testing import JSON, FakeProvider, FakeResponse
 from crabtwist.web.admission import OPEN_PATHS, Admission
-from crabtwist.web.answers import send_refusal
 from crabtwist.web.app import make_app
 
 MODELS = ("claude", "gpt", "meta/llama", "meta/llama/70b")
@@ -88,11 +87,12 @@ class WebTestCase(SynchronousTestCase):
             hooks=Hooks(self.extensions, self.clock),
             health=Health(failures=1),
         )
+        admission = Admission(self.gateway)
         self.factory = GatewayFactory(
             make_app(self.gateway).resource(),
             reactor=self.clock,
-            admit=Admission(self.gateway),
-            render_refusal=send_refusal,
+            admit=admission,
+            render_refusal=admission.refuse,
         )
 
     def send(self, method: str, path: str, fields: dict[str, str], body: bytes = b"") -> Said:
@@ -380,9 +380,12 @@ class AdmissionTests(WebTestCase):
         self.head("/v1/messages", NOBODY)
         self.head("/v1/messages", {"x-api-key": "x"})
         self.head("/v1/messages", {**ALL, "content-encoding": "gzip"})
+        self.send("POST", "/v1/messages", {**ALL, "content-length": "99999999"})
+        self.send("POST", "/v1/messages", {**ALL, "transfer-encoding": "chunked"}, b"nonsense\r\n")
         self.gateway.draining = True
         self.head("/v1/messages", NOBODY)
-        for slug in ("credential_missing", "unknown_key", "content_encoding", "draining"):
+        slugs = ("credential_missing", "unknown_key", "content_encoding", "draining")
+        for slug in (*slugs, "body_too_large", "bad_http"):
             self.assertEqual(1, self.counted("refusals", reason=slug), slug)
 
 

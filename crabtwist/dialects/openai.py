@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from crabtwist.body import Edit, JSONObject, RequestBody, splice
+from crabtwist.body import Edit, JSONObject, RequestBody, refuse_ambiguous_keys, splice
 from crabtwist.dialects.base import (
     AnswerReader,
     Dialect,
@@ -151,12 +151,15 @@ def ask_for_usage(body: RequestBody) -> list[Edit]:
     """
     Return the edits that set `stream_options.include_usage`, keeping the caller's other options.
 
-    Options that are no object are left for the upstream to refuse.
+    Options that are no object are left for the upstream to refuse.  Raises `Refusal` (400) for those that
+    might say otherwise to another parser: the usage would be lost.
     """
     options = body.get("stream_options")
     if options in (None, b"null"):
         return [body.setting("stream_options", b'{"include_usage":true}')]
     parsed = JSONObject.parse(options or b"")
+    if parsed is not None:
+        refuse_ambiguous_keys(parsed.members, ("include_usage",))
     if parsed is None or parsed.get("include_usage") == b"true":
         return []
     return [body.setting("stream_options", splice(parsed.data, [parsed.setting("include_usage", b"true")]))]

@@ -9,6 +9,7 @@ from crabtwist.errors import Refusal
 from crabtwist.exchange import STOPPING_RETRY_AFTER_SECONDS
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
+from crabtwist.web.answers import send_refusal
 
 #: What anybody may ask for.  Every other path needs a key, also those that lead nowhere: a router that reads
 #: `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
@@ -37,9 +38,13 @@ class Admission:
             request.admission = self._authenticated(request.requestHeaders)
             _refuse_encoded(request.requestHeaders)
         except Refusal as refusal:
-            self._gateway.metrics.refused(refusal.slug)
             return refusal
         return None
+
+    def refuse(self, request: Any, refusal: Refusal) -> None:
+        """Count and send a refusal: one of these, or of a body that is too large, too slow or malformed."""
+        self._gateway.metrics.refused(refusal.slug)
+        send_refusal(request, refusal)
 
     def _refuse_while_draining(self) -> None:
         if self._gateway.draining:

@@ -6,7 +6,7 @@ Everything here is a word and a dotted path; nothing is imported before somebody
 
 from twisted.application.service import ServiceMaker
 
-from crabtwist.plugins import ExtensionMaker, ProviderMaker, StorageMaker
+from crabtwist.plugins import ExtensionMaker, LedgerMaker, ProviderMaker, StorageMaker
 
 crabtwist = ServiceMaker("crabtwist", "crabtwist.tap", "An LLM API gateway", "crabtwist")
 
@@ -14,6 +14,12 @@ anthropic = ProviderMaker("anthropic", "crabtwist.providers.anthropic:AnthropicP
 openai = ProviderMaker("openai", "crabtwist.providers.openai:OpenAIProvider")
 echo = ProviderMaker("echo", "crabtwist.providers.echo:EchoProvider")
 
+rate_limit = ExtensionMaker("rate_limit", "crabtwist.extensions.rate_limit:RateLimitExtension")
 logging = ExtensionMaker("logging", "crabtwist.extensions.logging:LoggingExtension")
 
+sqlite_ledger = LedgerMaker("sqlite", "crabtwist.ledger.sqlite:SQLiteLedger")
+
 memory = StorageMaker("memory", "crabtwist.storage.memory:MemoryStorage")
+sqlite = StorageMaker("sqlite", "crabtwist.storage.sqlite:SQLiteStorage")
+redis = StorageMaker("redis", "crabtwist.storage.redis:RedisStorage")
+postgres = StorageMaker("postgres", "crabtwist.storage.postgres:PostgresStorage")
