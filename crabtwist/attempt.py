@@ -36,6 +36,9 @@ _log = Logger()
 #: How much is read of an error's body: all of any real one, so that its connection can be used again.
 ERROR_BODY_BYTES = 1 << 20
 
+#: How long that may take.
+ERROR_BODY_SECONDS = 5.0
+
 
 @attrs.frozen
 class Patience:
@@ -207,7 +210,7 @@ class Attempt:
         """Return a body that is not passed on at once, None if it broke off or is absurdly long."""
         relay = PlainRelay(response, self._clock, self._limits, reader=None, hold_bytes=ERROR_BODY_BYTES)
         relay.open()
-        await _until_ready(relay)
+        await _until_ready(relay, ERROR_BODY_SECONDS, self._clock)
         whole = relay.end is not None and relay.end.error is None
         relay.stop()
         return relay.held if whole else None

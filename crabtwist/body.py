@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import attrs
 import msgspec
@@ -23,6 +24,12 @@ KEYS_READ = frozenset({"model", "stream", "max_tokens", "max_completion_tokens",
 
 #: How deep arrays and objects may nest, if the configuration does not say.
 MAX_JSON_DEPTH = 64
+
+#: Members of the top level, of which real requests have a few dozen.
+MAX_MEMBERS = 1000
+
+#: `[` and `{` in a body, its texts included: what takes long to look through, and no model reads.
+MAX_BRACKETS = 500_000
 
 #: The largest whole number that every JSON parser reads alike (RFC 8259, section 6).
 MAX_EXACT_INTEGER = 2**53 - 1
@@ -50,12 +57,21 @@ class _Key:
     """
 
     __slots__ = ("name",)
+    #: How many the document in hand has made so far.
+    made: ClassVar[int] = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
+class _TooManyMembersError(Exception):
+    """The top level goes on and on; raised in its middle, so that nobody waits for its end."""
+
+
 def _make_key(_type: type, name: str) -> _Key:
+    _Key.made += 1
+    if _Key.made > MAX_MEMBERS:
+        raise _TooManyMembersError
     return _Key(name)
 
 
@@ -81,9 +97,10 @@ class JSONObject:
     @classmethod
     def parse(cls, data: bytes) -> JSONObject | None:
         """Return the object that `data` is the text of, None if it is none."""
+        _Key.made = 0
         try:
             return cls(data, [(key.name, raw) for key, raw in _top_level.decode(data).items()])
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, _TooManyMembersError):
             return None
 
     def get(self, name: str) -> bytes | None:
@@ -172,10 +189,15 @@ def _members(data: bytes) -> list[tuple[str, msgspec.Raw]]:
         raise invalid("the body is empty; send a JSON object")
     if data.startswith(_BYTE_ORDER_MARKS):
         raise invalid("the body begins with a byte order mark; send plain UTF-8 without one")
+    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise invalid(f"the body holds more than {MAX_BRACKETS} opening brackets; send less")
+    _Key.made = 0
     try:
         # msgspec does not look into the strings that it skips.
         data.isascii() or data.decode()
         return [(key.name, raw) for key, raw in _top_level.decode(data).items()]
+    except _TooManyMembersError:
+        raise invalid(f"the body has more than {MAX_MEMBERS} members at its top level") from None
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8 (byte {error.start})") from None
     except RecursionError:

@@ -7,51 +7,32 @@ whatever happens on the way, `_settle` is its last line.
 
 from __future__ import annotations
 
-from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import evolve
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from crabtwist import body as bodies
 from crabtwist import values
-from crabtwist.attempt import Attempt, Patience, Reply
-from crabtwist.bookkeeping import Bookkeeping
+from crabtwist.attempt import Attempt, Reply
 from crabtwist.dialects.operations import Operation
 from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
-from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_error
+from crabtwist.errors import ConnectionBroken, Refusal, ShuttingDown, UpstreamError, internal_error
 from crabtwist.headers import upward
-from crabtwist.health import Health
-from crabtwist.hooks import Hooks
 from crabtwist.keys import VirtualKey, allows
-from crabtwist.metrics import Metrics
 from crabtwist.plain_relay import PlainRelay
 from crabtwist.relay import CLIENT_LEFT, End
 from crabtwist.retry import delay_before_retry
 from crabtwist.routing import Deployment, Registry, order
+from crabtwist.surroundings import Surroundings
 from crabtwist.values import Answer, Call, Context, EndedBy, Outcome, Usage
 
 _log = Logger()
 
 #: A stop lasts seconds; another node, or the next process, will answer by then.
 STOPPING_RETRY_AFTER_SECONDS = 1
-
-
-class Surroundings(Protocol):
-    """What an exchange needs of the gateway."""
-
-    clock: IReactorTime
-    random: Random
-    hooks: Hooks
-    health: Health
-    metrics: Metrics
-    patience: Patience
-    max_json_depth: int
-    inject_stream_usage: bool
-    books: Bookkeeping | None
 
 
 class Exchange:
@@ -237,10 +218,12 @@ class Exchange:
             raise
         except CancelledError:
             error = "cancelled"
-            raise
+            if self._abandoned:
+                raise
+            raise ConnectionBroken("the provider gave up by itself") from None
         finally:
             self._note_attempt(attempt, began_at, error)
-        gateway.health.succeeded(deployment.name)
+        self._deployment = deployment
         return reply
 
     def _call(self, deployment: Deployment) -> tuple[bool, Call]:
@@ -303,6 +286,7 @@ class Exchange:
     def _relayed(self, reply: Reply, end: End) -> tuple[EndedBy, str, str | None]:
         self._model_answered = reply.reader.model
         self._usage = reply.reader.usage
+        self._note_health(end)
         if end.error is not None:
             self._gateway.hooks.failed(self.context, end.error)
             return end.ended_by, end.reason, end.error.message
@@ -322,6 +306,14 @@ class Exchange:
             gateway.hooks.responded(
                 self.context, self._request.body, Answer(reply.status, reply.headers, copy)
             )
+
+    def _note_health(self, end: End) -> None:
+        """A deployment that breaks what it begins is no healthier than one that does not begin."""
+        health, name = self._gateway.health, self._deployment.name
+        if end.error is not None and end.error is not self._interrupted:
+            health.failed(name, self._gateway.clock.seconds())
+        else:
+            health.succeeded(name)
 
     # Ending otherwise.
 

@@ -166,25 +166,31 @@ class Journal:
         torn = 0
         settled: deque[Place] = deque()
         for line, end in segments.lines(Place(0, 0)):
-            kind, payload = _whole(line)
-            torn += not kind
-            if kind == RESERVED:
-                self._open[_name(payload)] = _Open(line + b"\n", end.segment)
-            elif kind == SETTLED:
-                self._open.pop(_name(payload), None)
-                settled.append(end)
-            elif kind == DELIVERED:
-                self._place = max(self._place, _PLACES.decode(payload))
+            try:
+                kind, payload = unframe(line)
+                if kind == RESERVED:
+                    self._open[_NAMES.decode(payload).id] = _Open(line + b"\n", end.segment)
+                elif kind == SETTLED:
+                    settled.append(end)
+                    self._open.pop(_NAMES.decode(payload).id, None)
+                elif kind == DELIVERED:
+                    self._place = max(self._place, _PLACES.decode(payload))
+            except ValueError:
+                torn += 1
             while settled and settled[0] <= self._place:
                 settled.popleft()
         self.undelivered = len(settled)
         return torn
 
     def _settle_open(self, ended_at: int) -> int:
-        left = list(self._open.values())
-        for each in left:
+        left = list(self._open.items())
+        for name, each in left:
             _, payload = unframe(each.line.removesuffix(b"\n"))
-            self.settle(decode_reservation(payload).interrupted(ended_at))
+            try:
+                reservation = decode_reservation(payload)
+            except ValueError:
+                reservation = Reservation(id=name)
+            self.settle(reservation.interrupted(ended_at))
         return len(left)
 
     def close(self) -> Deferred[None]:
@@ -265,7 +271,9 @@ class Journal:
         """Return the oldest undelivered records; the same again until they are `delivered`."""
         records: list[Record] = []
         settled, place, unread = 0, self._place, BATCH_BYTES
-        for line, end in self._segments.lines(self._place) if self._segments else ():
+        if self._segments is None:
+            return Batch((), 0, place, last=True)
+        for line, end in self._segments.lines(self._place):
             place = end
             kind, payload = _whole(line)
             if kind == SETTLED:
@@ -274,6 +282,8 @@ class Journal:
             unread -= len(line)
             if settled >= most_records or unread <= 0:
                 return Batch(tuple(records), settled, place, last=False)
+        # Also past the segments that are empty, so that they go like the rest.
+        place = max(place, Place(self._segments.last, 0))
         return Batch(tuple(records), settled, place, last=True)
 
     def _record(self, payload: bytes) -> list[Record]:
@@ -287,7 +297,7 @@ class Journal:
         """Note that a ledger has the records of a batch, and never return them again."""
         self._place = batch.end
         self.undelivered -= batch.settled
-        noted = not batch.records or self._write(frame(DELIVERED, _encode_place(batch.end)))
+        noted = not batch.settled or self._write(frame(DELIVERED, _encode_place(batch.end)))
         if noted and self._carried_over():
             assert self._segments is not None
             self._segments.delete_before(self._place.segment)
@@ -316,10 +326,6 @@ def _whole(line: bytes) -> tuple[bytes, bytes]:
         return unframe(line)
     except ValueError:
         return b"", b""
-
-
-def _name(payload: bytes) -> str:
-    return _NAMES.decode(payload).id
 
 
 def _encode_place(place: Place) -> bytes:

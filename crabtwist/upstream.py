@@ -82,6 +82,10 @@ def trust_only(ca_file: str) -> Any:
     return ssl.trustRootFromCertificates(roots)
 
 
+#: How long a dead connection may take to show that it is dead: a round trip, and some patience.
+STALE_SECONDS = 2.0
+
+
 @implementer(IAgent)
 class UpstreamAgent:
     """
@@ -144,10 +148,13 @@ class UpstreamAgent:
         pool = self._pool(origin)
         kept = await pool.lease()
         if kept is not None:
+            sent_at = self._reactor.seconds()
             try:
                 return await kept.request(request)
             except ConnectionBroken:
-                if kept.answered or request.whole_body is None or not pool.inherit(kept):
+                # What was dead shows at once; what took longer may have been at work, and be billed.
+                late = self._reactor.seconds() - sent_at > STALE_SECONDS
+                if late or kept.answered or request.whole_body is None or not pool.inherit(kept):
                     raise
                 # Closed while it was kept, most likely; only a new connection can tell.
                 self._count_stale_retry()

@@ -32,12 +32,10 @@ class StorageContract(TestCase):
     """
     Subclassed with `make` and `pass_time`; refer to it by its module, or trial runs it by itself.
 
-    `is_kept` says whether what was stored outlives its store, `TTL_SECONDS` how long a short time is:
-    as short as can be where it is real.
+    `TTL_SECONDS` is how long a short time is: as short as can be where it is real.
     """
 
     TTL_SECONDS = 10.0
-    is_kept = True
 
     def make(self) -> Any:
         """Return a store that is not open yet; all of one test's are on the same ground."""
@@ -367,7 +365,7 @@ class ServedStorageContract(SharedStorageContract):
         await deferLater(self.reactor, seconds + 0.01)
 
     async def lose_patience(self) -> None:
-        """From here on calls have little time, and the reactor must not be away for as long as they may be."""
+        """From here on calls have little time, and the reactor must be there all the time."""
         self.patience_seconds = CALL_SECONDS
         self.store = await self.opened()
         gaps = Gaps(self.reactor)
@@ -429,10 +427,11 @@ class ServedStorageContract(SharedStorageContract):
         await self.lose_patience()
         counted = [self.store.increment("n", b"k", 1) for _ in range(100)]
         await counted[0]
+        self.server.pause()
         calls = Deferred.fromCoroutine(self.each_call())
         await deferToThread(self.server.kill)
         try:
-            await calls
+            self.assertEqual({success for success, _ in await calls}, {False})
             began = self.reactor.seconds()
             timed = await self.each_call()
             self.assertEqual({success for success, _ in timed}, {False})

@@ -30,7 +30,7 @@ CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool
 SERVER_WIRES = ("http_reader", "gateway_request", "channel", "listener")
 NOTES = ("segments", "journal", "delivery")
 WIRES = (*NOTES, *CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
-STORY = ("bookkeeping", "attempt", "exchange", "gateway")
+STORY = ("bookkeeping", "attempt", "surroundings", "exchange", "gateway")
 DOORS = ("web.answers", "web.admission", "web.models", "web.operations", "web.process", "web.app")
 ASSEMBLY = ("tables", "config", "generation", "first_start", "node", "tap")
 
@@ -85,6 +85,7 @@ TESTED_BY = {
     "segments": "test_journal",
     "delivery": "test_journal",
     "ledger.schema": "test_ledger_sqlite",
+    "surroundings": "test_exchange",
     "bookkeeping": "integration/test_bookkeeping",
 }
 

@@ -71,6 +71,14 @@ class RefusedBodiesTests(SynchronousTestCase):
             self.assertIn("surrogate pair", refusal_of(self, f'{{"model":"a","x":{half}}}'.encode()))
             self.assertIn("surrogate pair", refusal_of(self, f'{{"x":{half},"model":"a"}}'.encode()))
 
+    def test_too_much_to_look_through(self) -> None:
+        """What would keep everybody waiting is refused: members without end, and brackets without end."""
+        members = b"{" + b",".join(b'"k%d":1' % number for number in range(1001)) + b',"model":"a"}'
+        self.assertIn("1000 members", refusal_of(self, members))
+        brackets = b'{"model":"a","x":"' + b"[{" * 250_001 + b'"}'
+        self.assertIn("500000 opening brackets", refusal_of(self, brackets))
+        self.assertEqual("a", body.read(b'{"model":"a","x":"' + b"[{" * 200_000 + b'"}').model)
+
     def test_max_tokens(self) -> None:
         """Only whole numbers that every parser reads alike."""
         for bad in ("-1", "4.0", '"4"', "1e3", "true", str(10**18), "[4]", str(2**53)):

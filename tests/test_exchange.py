@@ -622,6 +622,28 @@ class HealthTests(ExchangeTestCase):
         self.assertEqual(4, len(first.calls))
 
 
+    def test_streams_that_break(self) -> None:
+        """One that begins well and breaks every time is no better."""
+        streams = [FakeResponse(200, EVENT_STREAM) for _ in range(3)]
+        second = FakeProvider("q", [FakeResponse(200, EVENT_STREAM)])
+        first = FakeProvider("p", streams)
+        self.gateway(first, second, max_retries=0)
+        for stream in streams:
+            self.ask(stream=True)
+            stream.receive(START)
+            stream.break_off()
+        self.ask(stream=True).leave()
+        self.assertEqual((3, 1), (len(first.calls), len(second.calls)))
+
+    def test_provider_that_gives_up(self) -> None:
+        """A provider that cancels its own work has failed one attempt, no more."""
+        opening: Deferred[Any] = Deferred()
+        opening.cancel()
+        second = FakeProvider("q", [FakeResponse(200, JSON, MESSAGE)])
+        self.gateway(FakeProvider("p", [opening]), second, max_retries=0)
+        self.assertEqual(200, self.ask().code)
+
+
 class ReloadTests(ExchangeTestCase):
     """Registries that are replaced."""
 

@@ -165,6 +165,16 @@ class TestJournal(Case):
         self.assertEqual(synced.count(segment.stat().st_ino), 1)
         self.assertEqual(self.syncs, 1)
 
+    def test_sync_of_all(self) -> None:
+        """Segments that were replaced since the last sync are brought to the disk too, and their folder."""
+        journal = self.opened(segment_bytes=1)
+        synced: list[int] = []
+        self.patch(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+        settle(journal, "a", "b", "c")
+        self.clock.advance(SYNC_SECONDS)
+        places = [self.folder, *self.folder.iterdir()]
+        self.assertEqual(sorted(synced), sorted(place.stat().st_ino for place in places))
+
     def test_failed_sync(self) -> None:
         """A disk that cannot sync is counted and logged, and tried again."""
         journal = self.opened()
@@ -361,6 +371,23 @@ class TestRecovery(Case):
         self.assertEqual((deliver(next_one), next_one.undelivered), (["a", "c"], 0))
         self.assertEqual([event["torn"] for event in warnings], [1])
 
+    def test_unreadable_reservation(self) -> None:
+        """A reservation of which only the id can be read is still a request that was interrupted."""
+        self.opened()
+        folder = self.folder_after_death()
+        next(folder.iterdir()).write_bytes(frame(b"R", b'{"id":"a","provider":1}') + frame(b"R", b"{}"))
+        next_one = self.journal(folder)
+        self.assertEqual(next_one.open(), Recovery(undelivered=1, interrupted=1, torn=1))
+        self.assertEqual([(r.id, r.estimated) for r in next_one.read(9).records], [("a", True)])
+
+    def test_idle_starts(self) -> None:
+        """Starting again and again without work leaves no files behind."""
+        for _ in range(10):
+            journal = self.opened()
+            deliver(journal)
+            self.successResultOf(journal.close())
+        self.assertLess(len(self.segments()), 3)
+
     def test_newer_writer(self) -> None:
         """Lines of a kind that only a newer version knows are passed over in silence."""
         self.opened()
@@ -419,6 +446,16 @@ class TestDelivery(Case):
         self.advance(3)
         self.assertEqual(self.ledger.offered, Counter("abcdef"))
         self.assertEqual((self.live.undelivered, self.ledger.appends), (0, 4))
+
+    def test_nothing_to_deliver(self) -> None:
+        """Segments without records are left behind as well."""
+        journal = self.opened(self.folder / "other", segment_bytes=1)
+        reserve(journal, "a", "b", "c")
+        (first, *_) = sorted((self.folder / "other").iterdir())
+        self.assertIs(self.successResultOf(Delivery(journal, self.ledger, self.clock).flush()), True)
+        self.clock.advance(SYNC_SECONDS)
+        self.assertFalse(first.exists())
+        self.assertEqual(self.ledger.appends, 0)
 
     def test_failure(self) -> None:
         """A ledger that is gone is asked again with ever longer waits, and then gets everything once."""

@@ -149,6 +149,15 @@ class StaleTests(AgentTestCase):
         self.assertEqual(b"hello", self.successResultOf(answer))
         self.assertEqual((1, 1, 1), (self.agent.stale_retries, len(retries), self.agent.connections))
 
+    def test_not_after_a_while(self) -> None:
+        """Not if the upstream had time to work: it may bill what it worked on."""
+        (stale,) = self.kept()
+        answer = self.post()
+        self.clock.advance(2.1)
+        stale.end()
+        self.failureResultOf(answer, ConnectionBroken)
+        self.assertEqual((0, 0), (self.agent.stale_retries, self.agent.connections))
+
     def test_only_once(self) -> None:
         """The new connection's failure is the request's."""
         self.use(max_connections=2)
