@@ -29,6 +29,15 @@ class ConfigurationError(CrabtwistError):
         self.complaints = complaints
 
 
+class StorageError(CrabtwistError):
+    """
+    A store cannot do what it was asked to: out of reach, too slow, closed, or not ours.
+
+    The words never hold a password, a key or a value.  An increment that failed on its way may have been
+    counted or not; a value that was being set may be the old one or the new one.
+    """
+
+
 class Refusal(CrabtwistError):
     """
     An answer that the gateway makes itself.

@@ -68,7 +68,7 @@ class IProvider(Interface):
 class IServices(Interface):
     """What the gateway lends to those that it makes."""
 
-    clock = Attribute("An `IReactorTime`: the only clock that plugins should read.")
+    clock = Attribute("The reactor, or a fake one: the only clock that plugins should read.")
     storage = Attribute("The configured `IStorage`, for extensions; None for providers and for stores.")
     directory = Attribute("A `pathlib.Path`: the configuration's folder, where relative paths begin.")
 

@@ -12,8 +12,8 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
+from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
-from crabtwist.storage.migrations import StorageError
 
 EVERY_BYTE = bytes(range(256))
 

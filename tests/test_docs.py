@@ -27,6 +27,9 @@ from crabtwist.interfaces import IExtension, IExtensionMaker, IProvider, IProvid
 from crabtwist.pricing import ModelSettings
 from crabtwist.providers.anthropic import AnthropicSettings
 from crabtwist.routing import Deployment
+from crabtwist.storage.postgres import PostgresSettings
+from crabtwist.storage.redis import RedisSettings
+from crabtwist.storage.sqlite import SQLiteSettings
 from crabtwist.testing import FakeServices, make_context
 from crabtwist.upstream import ConnectionLimits
 from crabtwist.values import Call
@@ -167,6 +170,21 @@ class LimitsPageTests(SynchronousTestCase):
         table = tomllib.loads(example)["extensions"]["rate_limit"]
         settings.read(RateLimitSettings, table, "extensions.rate_limit", complaints)
         self.assertEqual([], complaints)
+
+
+class StoragePageTests(SynchronousTestCase):
+    """The page on storage."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key of each store has a row with its default, and no other."""
+        stores = (SQLiteSettings, RedisSettings, PostgresSettings)
+        known = {field.name for cls in stores for field in attrs.fields(cls)}
+        rows = _ROW.findall((DOCS / "storage.md").read_text())
+        self.assertEqual(known, {name for name, _ in rows} - {"memory", "sqlite", "redis", "postgres"})
+        for cls in stores:
+            for field in attrs.fields(cls):
+                if isinstance(field.default, int | float):
+                    self.assertIn((field.name, f"`{field.default:g}`"), rows)
 
 
 class LinksTests(SynchronousTestCase):

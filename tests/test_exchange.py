@@ -621,7 +621,6 @@ class HealthTests(ExchangeTestCase):
         self.ask()
         self.assertEqual(4, len(first.calls))
 
-
     def test_streams_that_break(self) -> None:
         """One that begins well and breaks every time is no better."""
         streams = [FakeResponse(200, EVENT_STREAM) for _ in range(3)]

@@ -12,8 +12,8 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 
+from crabtwist.errors import StorageError
 from crabtwist.storage import sqlite
-from crabtwist.storage.migrations import StorageError
 from crabtwist.storage.sqlite import SQLiteSettings, SQLiteStorage
 from crabtwist.testing import FakeServices
 from tests import storage_contract

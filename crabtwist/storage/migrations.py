@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from threading import Thread
+from typing import Any
 
 from twisted.python.threadpool import ThreadPool
 
-from crabtwist.errors import CrabtwistError
+from crabtwist.errors import StorageError
 
 #: The SQL statements that lead from one version of a schema to the next.
 Step = Sequence[str]
@@ -16,14 +17,13 @@ Step = Sequence[str]
 #: How many calls may wait in one store; what comes on top fails at once, for memory has an end.
 MOST_WAITING = 10_000
 
+#: Nodes that start together wait for each other here ("ctwi"); the number is anybody's in the database.
+MIGRATION_LOCK = 0x63747769
 
-class StorageError(CrabtwistError):
-    """
-    A store cannot do what it was asked to: out of reach, too slow, closed, or not ours.
-
-    The words never hold a password, a key or a value.  An increment that failed on its way may have been
-    counted or not; a value that was being set may be the old one or the new one.
-    """
+_SCHEMA = "CREATE TABLE crabtwist_schema (part text PRIMARY KEY, version integer NOT NULL)"
+_SET_VERSION = """
+    INSERT INTO crabtwist_schema (part, version) VALUES (%s, %s)
+    ON CONFLICT (part) DO UPDATE SET version = EXCLUDED.version"""
 
 
 def closed(where: str) -> StorageError:
@@ -48,6 +48,26 @@ def steps_after(version: int, steps: Sequence[Step], where: str) -> Sequence[Ste
             "use the newer crabtwist that wrote it, or another place"
         )
     return steps[version:]
+
+
+def migrate_postgres(connection: Any, part: str, steps: Sequence[Step], where: str) -> None:
+    """
+    Bring a part of a PostgreSQL schema up to date, in the open transaction of a psycopg connection.
+
+    Nodes that do it at the same time wait for each other.  Raises `StorageError` if it is newer
+    than `steps`, `psycopg.Error` if something else is in the way.
+    """
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+    # Not `IF NOT EXISTS`, for which one must be allowed to create tables even where there is one.
+    if connection.execute("SELECT to_regclass('crabtwist_schema')").fetchall() == [(None,)]:
+        connection.execute(_SCHEMA)
+    row = connection.execute("SELECT version FROM crabtwist_schema WHERE part = %s", (part,)).fetchone()
+    version = 0 if row is None else row[0]
+    for step in steps_after(version, steps, where):
+        for statement in step:
+            connection.execute(statement.encode())
+    if version < len(steps):
+        connection.execute(_SET_VERSION, (part, len(steps)))
 
 
 def one_thread(name: str) -> ThreadPool:

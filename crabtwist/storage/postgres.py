@@ -27,17 +27,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import Secret, positive
 from crabtwist.storage.migrations import (
     MOST_WAITING,
     Step,
-    StorageError,
     closed,
     end_of_prefix,
+    migrate_postgres,
     one_thread,
     overloaded,
-    steps_after,
 )
 
 #: Never change one that was released: append the next.
@@ -54,8 +54,6 @@ STEPS: Sequence[Step] = (
     ),
 )
 
-#: Nodes that start together wait for each other here ("ctwi"); the number is anybody's in the database.
-MIGRATION_LOCK = 0x63747769
 #: How long a node may wait for another one's migration, and for its own.
 MIGRATION_SECONDS = 60.0
 #: How many expired rows of each table are deleted at once.
@@ -92,10 +90,6 @@ _SWEEP = (
     """DELETE FROM crabtwist_counter WHERE ctid = ANY (ARRAY (
         SELECT ctid FROM crabtwist_counter WHERE expires_at <= now() LIMIT %s FOR UPDATE SKIP LOCKED))""",
 )
-_SCHEMA = "CREATE TABLE crabtwist_schema (part text PRIMARY KEY, version integer NOT NULL)"
-_SET_VERSION = """
-    INSERT INTO crabtwist_schema (part, version) VALUES (%s, %s)
-    ON CONFLICT (part) DO UPDATE SET version = EXCLUDED.version"""
 
 
 def _usable_dsn(_instance: object, _attribute: object, value: Secret) -> None:
@@ -277,7 +271,7 @@ class PostgresStorage:
     def _migrate(self, connection: _Connection) -> None:
         with connection.transaction():
             _set_statement_timeout(connection, MIGRATION_SECONDS)
-            migrate(connection, "storage", STEPS, self._settings.where)
+            migrate_postgres(connection, "storage", STEPS, self._settings.where)
         _set_statement_timeout(connection, self._settings.call_timeout)
 
     def close(self) -> Deferred[None]:
@@ -356,25 +350,6 @@ class PostgresStorage:
         except StorageError as error:
             # A looping call that fails once would never come again.
             self._log.warn("expired rows were not deleted: {error}", error=error)
-
-
-def migrate(connection: psycopg.Connection[Any], part: str, steps: Sequence[Step], where: str) -> None:
-    """
-    Bring one part of the schema up to date, within the transaction that is open, one node at a time.
-
-    Raises `StorageError` if it is newer than `steps`, `psycopg.Error` if something else is in the way.
-    """
-    connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
-    # Not `IF NOT EXISTS`, for which one must be allowed to create tables even where there is one.
-    if connection.execute("SELECT to_regclass('crabtwist_schema')").fetchall() == [(None,)]:
-        connection.execute(_SCHEMA)
-    row = connection.execute("SELECT version FROM crabtwist_schema WHERE part = %s", (part,)).fetchone()
-    version = 0 if row is None else row[0]
-    for step in steps_after(version, steps, where):
-        for statement in step:
-            connection.execute(statement.encode())
-    if version < len(steps):
-        connection.execute(_SET_VERSION, (part, len(steps)))
 
 
 def _set_statement_timeout(connection: _Connection, seconds: float) -> None:

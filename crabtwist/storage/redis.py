@@ -22,9 +22,10 @@ from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import Secret, not_blank, positive
-from crabtwist.storage.migrations import MOST_WAITING, StorageError, closed, overloaded
+from crabtwist.storage.migrations import MOST_WAITING, closed, overloaded
 
 #: How long a server that could not be reached is left alone; calls fail at once in that time.
 RETRY_SECONDS = 0.2

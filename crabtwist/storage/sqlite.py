@@ -22,12 +22,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import not_blank, not_negative, positive
 from crabtwist.storage.migrations import (
     MOST_WAITING,
     Step,
-    StorageError,
     closed,
     end_of_prefix,
     one_thread,
