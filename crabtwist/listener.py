@@ -50,6 +50,8 @@ class GatewayFactory(Site):
 
     protocol = GatewayChannel  # type: ignore[assignment]  # Twisted's makes an HTTP/2 switch
     displayTracebacks = False
+    #: What is served, and where, the node says better.
+    noisy = False
 
     def __init__(
         self,

@@ -33,17 +33,29 @@ class NoSettings:
     """The settings of what takes none."""
 
 
-@implementer(IPlugin, IProviderMaker)
-@attrs.frozen
-class ProviderMaker:
-    """Makes providers by calling what is at `path` with `(name, settings, services)`."""
+class _Maker:
+    """What all makers do: find what is at `path`, when it is wanted."""
 
-    kind: str
     path: str
 
     def settings_class(self) -> type[attrs.AttrsInstance]:
         """Return the factory's `Settings`.  Raises `ConfigurationError`."""
         return _settings_class(self.path)
+
+
+class _PlainMaker(_Maker):
+    def make(self, settings: object, services: object) -> Any:
+        """Return a new one.  Raises `ConfigurationError`."""
+        return _factory(self.path)(settings, services)
+
+
+@implementer(IPlugin, IProviderMaker)
+@attrs.frozen
+class ProviderMaker(_Maker):
+    """Makes providers by calling what is at `path` with `(name, settings, services)`."""
+
+    kind: str
+    path: str
 
     def make(self, name: str, settings: object, services: object) -> Any:
         """Return a new provider.  Raises `ConfigurationError`."""
@@ -52,53 +64,29 @@ class ProviderMaker:
 
 @implementer(IPlugin, IExtensionMaker)
 @attrs.frozen
-class ExtensionMaker:
+class ExtensionMaker(_PlainMaker):
     """Makes an extension by calling what is at `path` with `(settings, services)`."""
 
     name: str
     path: str
 
-    def settings_class(self) -> type[attrs.AttrsInstance]:
-        """Return the factory's `Settings`.  Raises `ConfigurationError`."""
-        return _settings_class(self.path)
-
-    def make(self, settings: object, services: object) -> Any:
-        """Return a new extension.  Raises `ConfigurationError`."""
-        return _factory(self.path)(settings, services)
-
 
 @implementer(IPlugin, IStorageMaker)
 @attrs.frozen
-class StorageMaker:
+class StorageMaker(_PlainMaker):
     """Makes a store by calling what is at `path` with `(settings, services)`."""
 
     kind: str
     path: str
 
-    def settings_class(self) -> type[attrs.AttrsInstance]:
-        """Return the factory's `Settings`.  Raises `ConfigurationError`."""
-        return _settings_class(self.path)
-
-    def make(self, settings: object, services: object) -> Any:
-        """Return a new store.  Raises `ConfigurationError`."""
-        return _factory(self.path)(settings, services)
-
 
 @implementer(IPlugin, ILedgerMaker)
 @attrs.frozen
-class LedgerMaker:
+class LedgerMaker(_PlainMaker):
     """Makes a ledger by calling what is at `path` with `(settings, services)`."""
 
     kind: str
     path: str
-
-    def settings_class(self) -> type[attrs.AttrsInstance]:
-        """Return the factory's `Settings`.  Raises `ConfigurationError`."""
-        return _settings_class(self.path)
-
-    def make(self, settings: object, services: object) -> Any:
-        """Return a new ledger.  Raises `ConfigurationError`."""
-        return _factory(self.path)(settings, services)
 
 
 def _factory(path: str) -> Callable[..., Any]:
