@@ -290,23 +290,20 @@ class PathTests(WebTestCase):
 
     def test_no_way_around_the_lock(self) -> None:
         """However a path is spelled, what is behind a key needs the key."""
-        for path in (
-            *("/v1/messages", "//v1/messages", "/%761/messages", "/v1%2Fmessages", "/v1/%6Dessages"),
-            *(
-                "/v1/messages/",
-                "/%2Fv1/messages",
-                "/health/../v1/messages",
-                "/%76%31%2f%6d%65ssages",
-                "/nope",
-            ),
-        ):
-            self.assertEqual(401, self.ask("POST", path, NOBODY, BODY).status, path)
-            self.assertEqual(401, self.ask("GET", path.replace("messages", "models"), NOBODY).status, path)
+        locked = ("/v1/messages", "/v1/%6Dessages", "/v1/messages/", "/v1//messages", "/v1/nope")
+        nowhere = (
+            *("//v1/messages", "/%761/messages", "/v1%2Fmessages", "/%2Fv1/messages", "/V1/messages"),
+            *("/health/../v1/messages", "/%76%31%2f%6d%65ssages", "/nope", "/v1"),
+        )
+        for path, status in [(each, 401) for each in locked] + [(each, 404) for each in nowhere]:
+            self.assertEqual(status, self.ask("POST", path, NOBODY, BODY).status, path)
+            models = path.replace("messages", "models")
+            self.assertEqual(status, self.ask("GET", models, NOBODY).status, models)
         self.assertEqual([], self.upstream.calls)
 
     def test_not_utf8(self) -> None:
         """A path that is no text is refused, and not logged as a failure of ours."""
-        for path in ("/%ff", "/v1/models/%C3"):
+        for path in ("/v1/%ff", "/v1/models/%C3"):
             said = self.ask("GET", path, ALL)
             self.assertEqual((400, "invalid_path"), said.refusal)
             self.assertEqual("invalid_request_error", said.type_in("anthropic"))

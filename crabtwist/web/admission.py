@@ -9,10 +9,13 @@ from crabtwist.errors import Refusal
 from crabtwist.exchange import STOPPING_RETRY_AFTER_SECONDS
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
-from crabtwist.web.answers import send_refusal
+from crabtwist.web.answers import path_not_found, send_refusal
 
-#: What anybody may ask for.  Every other path needs a key, also those that lead nowhere: a router that reads
-#: `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
+#: Where everything is that needs a key.
+LOCKED = b"/v1/"
+
+#: What anybody may ask for.  What is neither this nor locked leads nowhere, as it is spelled: a router that
+#: reads `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
 OPEN_PATHS = frozenset({b"/", b"/api/hello", b"/health", b"/metrics", b"/ready"})
 
 
@@ -21,7 +24,8 @@ class Admission:
     Looks at each head: whether the gateway still takes work, whose key it is, how the body is encoded.
 
     Called with the request; returns the `Refusal`, or None after having set the request's `admission` to
-    the `VirtualKey`, or to None in a gateway that serves anybody.  `OPEN_PATHS` are for all.
+    the `VirtualKey`, or to None in a gateway that serves anybody.  `OPEN_PATHS` are for all, what is `LOCKED`
+    for those with a key, and nothing else is there.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -33,6 +37,8 @@ class Admission:
             if request.path in OPEN_PATHS:
                 _refuse_body(request.requestHeaders)
                 return None
+            if not request.path.startswith(LOCKED):
+                raise path_not_found(request.path)
             self._refuse_while_draining()
             _refuse_unreadable(request.path)
             request.admission = self._authenticated(request.requestHeaders)

@@ -20,6 +20,11 @@ def asks_as_anthropic(request: Any) -> bool:
     return bool(has(b"anthropic-version") or (has(b"x-api-key") and not has(b"authorization")))
 
 
+def path_not_found(path: bytes) -> Refusal:
+    """Return the refusal of a path that leads nowhere."""
+    return Refusal(404, "path_not_found", f"there is nothing at {path.decode('latin-1')[:200]!r}")
+
+
 def dialect_for(request: Any) -> Dialect:
     """Return the dialect in which to answer a request."""
     return dialect_of(request.path, anthropic_client=asks_as_anthropic(request))

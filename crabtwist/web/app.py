@@ -12,7 +12,7 @@ from werkzeug.routing import RequestRedirect
 
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway import Gateway
-from crabtwist.web.answers import say_refusal
+from crabtwist.web.answers import path_not_found, say_refusal
 from crabtwist.web.models import add_models
 from crabtwist.web.operations import add_operations
 from crabtwist.web.process import add_process
@@ -47,8 +47,7 @@ def _add_errors(app: Klein, gateway: Gateway) -> None:
 
     @app.handle_errors(RequestRedirect, HTTPException)  # type: ignore[arg-type] # klein's protocol wants the word failure
     def unknown_path(request: Any, _failure: Any) -> bytes:
-        path = request.path.decode("latin-1")[:200]
-        return _refuse(request, Refusal(404, "path_not_found", f"there is nothing at {path!r}"))
+        return _refuse(request, path_not_found(request.path))
 
     @app.handle_errors(Exception)
     def crashed(request: Any, failure: Any) -> bytes:
