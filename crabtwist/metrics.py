@@ -1,8 +1,9 @@
 """
 Prometheus metrics.
 
-Names and labels are the reference system's, with `crabtwist_` for its prefix.  Label values are
-bounded: a model that is not served is "other", and the provider is "none" where none was asked.
+Names and labels are those of crabllm, which this gateway re-implements, with `crabtwist_` for its
+prefix, so that dashboards move over.  Label values are bounded: a model that is not served is "other", and
+the provider is "none" where none was asked.
 """
 
 from __future__ import annotations

@@ -167,8 +167,9 @@ class UsageEvent:
     """
     One request's usage, for programs that embed the gateway.
 
-    The fields and the sentinel are the reference system's: `status` 0 means that the answer broke after
-    its head was sent; `endpoint` is the operation ("messages", "chat.completions", "embeddings", ...).
+    The fields and the sentinel are those of crabllm, which this gateway re-implements: `status` 0 means
+    that the answer broke after its head was sent; `endpoint` is the operation ("messages",
+    "chat.completions", "embeddings", ...).
     """
 
     timestamp: float
