@@ -279,7 +279,7 @@ def _max_tokens(values: dict[str, bytes], name: str) -> int | None:
     raw = values.get(name)
     if raw is None or raw == b"null":
         return None
-    # Zero is the vendor's business: it fills a prompt cache without an answer.
+    # What zero means is the vendor's business; -1 is an endless answer at some.
     if not raw.isdigit() or len(raw) > len(str(MAX_EXACT_INTEGER)) or int(raw) > MAX_EXACT_INTEGER:
         raise invalid(f'"{name}" has to be a whole number, at most {MAX_EXACT_INTEGER}, not negative')
     return int(raw)
