@@ -19,9 +19,6 @@ from crabtwist.values import Context, Outcome
 #: The journal's folder, beside the configuration.
 JOURNAL_FOLDER = "crabtwist-journal"
 
-#: What a token takes in a request's body, on the average.
-BYTES_PER_TOKEN = 4
-
 #: The longest answer that is expected where the client sets no bound.
 ESTIMATED_OUTPUT_TOKENS = 4096
 
@@ -75,8 +72,8 @@ class Bookkeeping:
         await self.ledger.close()
 
     def reserve(self, context: Context, price: PriceRow | None) -> None:
-        """Note a request that goes upstream, with the most that is to be expected of it."""
-        prompt = context.body_bytes // BYTES_PER_TOKEN
+        """Note a request that goes upstream, with an estimate of what it will use: at the dearest rates."""
+        prompt = context.estimated_prompt_tokens
         given = context.max_tokens
         answer = ESTIMATED_OUTPUT_TOKENS if given is None else given
         cost = None

@@ -165,7 +165,7 @@ class Exchange:
                 # The upstream's own answer tells a client more than the gateway's words about another.
                 best = error if best is None or error.answer is not None or best.answer is None else best
                 if error.final or index + 1 == len(deployments):
-                    raise best from error
+                    raise best from None
                 gateway.metrics.fell_back(deployment.provider.name, error.slug)
         raise AssertionError("the registry gave no candidates")
 
@@ -308,12 +308,16 @@ class Exchange:
             )
 
     def _note_health(self, end: End) -> None:
-        """A deployment that breaks what it begins is no healthier than one that does not begin."""
+        """
+        A deployment that breaks what it begins is no healthier than one that does not begin.
+
+        An answer that its client or a stop of the gateway cut short says nothing of it.
+        """
         health, name = self._gateway.health, self._deployment.name
-        if end.error is not None and end.error is not self._interrupted:
-            health.failed(name, self._gateway.clock.seconds())
-        else:
+        if end.reason == "complete":
             health.succeeded(name)
+        elif end.error is not None and end.error is not self._interrupted:
+            health.failed(name, self._gateway.clock.seconds())
 
     # Ending otherwise.
 

@@ -14,6 +14,9 @@ import attrs
 
 from crabtwist.money import PriceRow
 
+#: What a token takes in a request's body, on the average.
+BYTES_PER_TOKEN = 4
+
 #: Header fields in wire order, names as they were written.
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -121,6 +124,11 @@ class Context:
     upstream_model: str = ""
     body_bytes: int = 0
     answer_headers: dict[str, str] = attrs.field(factory=dict)
+
+    @property
+    def estimated_prompt_tokens(self) -> int:
+        """About how many tokens the prompt has; nobody knows before the upstream has counted."""
+        return self.body_bytes // BYTES_PER_TOKEN
 
 
 @attrs.frozen

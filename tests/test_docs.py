@@ -42,6 +42,17 @@ _ROW = re.compile(r"^\| `(\w+)` \| (.+?) \|", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
+def rows_of(page: str) -> list[tuple[str, str]]:
+    """Return the keys that a page's tables list, with what stands beside them."""
+    return _ROW.findall((DOCS / page).read_text())
+
+
+def example_of(page: str) -> dict[str, Any]:
+    """Return the one example of a configuration on a page."""
+    [example] = re.findall(r"```toml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    return tomllib.loads(example)
+
+
 def files_in(page: str) -> dict[str, str]:
     """Return the files that a page shows, by name."""
     return dict(_FILE.findall((DOCS / page).read_text()))
@@ -120,7 +131,7 @@ class ConfigurationPageTests(SynchronousTestCase):
 
     def rows(self) -> dict[str, str]:
         """Return the keys that the page lists, with what stands beside them."""
-        return dict(_ROW.findall((DOCS / "configuration.md").read_text()))
+        return dict(rows_of("configuration.md"))
 
     def test_every_key_is_there(self) -> None:
         """Each key of each table has a row, with its real default."""
@@ -144,14 +155,13 @@ class PricesPageTests(SynchronousTestCase):
 
     def test_every_key_is_there(self) -> None:
         """Each key of `[models.NAME]` has a row, and no other."""
-        rows = dict(_ROW.findall((DOCS / "prices.md").read_text()))
+        rows = dict(rows_of("prices.md"))
         self.assertEqual({field.name for field in attrs.fields(ModelSettings)}, set(rows))
 
     def test_example(self) -> None:
         """The example is read without complaint."""
-        [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "prices.md").read_text(), re.DOTALL)
         complaints: list[str] = []
-        settings.read(ModelSettings, tomllib.loads(example)["models"]["my-model"], "models", complaints)
+        settings.read(ModelSettings, example_of("prices.md")["models"]["my-model"], "models", complaints)
         self.assertEqual([], complaints)
 
 
@@ -160,14 +170,13 @@ class LimitsPageTests(SynchronousTestCase):
 
     def test_every_key_is_there(self) -> None:
         """Each limit has a row, and no other."""
-        rows = dict(_ROW.findall((DOCS / "limits.md").read_text()))
+        rows = dict(rows_of("limits.md"))
         self.assertEqual({field.name for field in attrs.fields(LimitSettings)}, set(rows))
 
     def test_example(self) -> None:
         """The example is read without complaint."""
-        [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "limits.md").read_text(), re.DOTALL)
         complaints: list[str] = []
-        table = tomllib.loads(example)["extensions"]["rate_limit"]
+        table = example_of("limits.md")["extensions"]["rate_limit"]
         settings.read(RateLimitSettings, table, "extensions.rate_limit", complaints)
         self.assertEqual([], complaints)
 
@@ -179,7 +188,7 @@ class StoragePageTests(SynchronousTestCase):
         """Each key of each store has a row with its default, and no other."""
         stores = (SQLiteSettings, RedisSettings, PostgresSettings)
         known = {field.name for cls in stores for field in attrs.fields(cls)}
-        rows = _ROW.findall((DOCS / "storage.md").read_text())
+        rows = rows_of("storage.md")
         self.assertEqual(known, {name for name, _ in rows} - {"memory", "sqlite", "redis", "postgres"})
         for cls in stores:
             for field in attrs.fields(cls):

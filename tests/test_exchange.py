@@ -634,6 +634,21 @@ class HealthTests(ExchangeTestCase):
         self.ask(stream=True).leave()
         self.assertEqual((3, 1), (len(first.calls), len(second.calls)))
 
+    def test_clients_that_leave(self) -> None:
+        """That a client left says nothing of a deployment: neither that it is ill, nor that it is well."""
+        left = FakeResponse(200, EVENT_STREAM)
+        first = FakeProvider("p", [ConnectFailed("no"), ConnectFailed("no"), left, ConnectFailed("no")])
+        second = FakeProvider("q", [FakeResponse(200, JSON, MESSAGE) for _ in range(4)])
+        self.gateway(first, second, max_retries=0)
+        self.ask()
+        self.ask()
+        request = self.ask(stream=True)
+        left.receive(START)
+        request.leave()
+        self.ask()
+        self.ask()
+        self.assertEqual((4, 4), (len(first.calls), len(second.calls)))
+
     def test_provider_that_gives_up(self) -> None:
         """A provider that cancels its own work has failed one attempt, no more."""
         opening: Deferred[Any] = Deferred()

@@ -20,9 +20,6 @@ from crabtwist.settings import positive
 from crabtwist.values import Context, Outcome
 from crabtwist.windows import SlidingMinute
 
-#: What a token takes in a request's body, on the average; the estimate is corrected at the end.
-BYTES_PER_TOKEN = 4
-
 #: The answer's length where the client sets no bound.
 ESTIMATED_OUTPUT_TOKENS = 1024
 
@@ -178,7 +175,7 @@ def _estimate(context: Context) -> dict[str, int]:
     given = context.max_tokens
     return {
         "requests": 1,
-        "input_tokens": context.body_bytes // BYTES_PER_TOKEN,
+        "input_tokens": context.estimated_prompt_tokens,
         "output_tokens": ESTIMATED_OUTPUT_TOKENS if given is None else given,
     }
 
