@@ -7,7 +7,8 @@ environment, also in those that have nothing to do with us.
 Makers are what is discovered (`twisted.plugin.getPlugins(IProviderMaker)` and so on, in
 `twisted.plugins`): a word and the dotted path of what it makes, loaded only when a configuration names
 it.  Making has no side effects.  What needs starting or stopping also provides
-`twisted.application.service.IService` and is started before the first request.
+`twisted.application.service.IService` and is started before the first request; if an extension's
+`startService` returns a Deferred, the start waits for it, and fails with it.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ class IStorage(Interface):
     caller's own, kept apart from the key so that no text of a client's can reach into another's.
     """
 
+    between_nodes = Attribute("Whether other nodes see the same: True for a server, False for one's own file.")
+
     def open():  # type: ignore[no-untyped-def]
         """
         Return a Deferred that fires when the store can be used.
@@ -190,7 +193,21 @@ class IStorage(Interface):
         """Return a Deferred of the (key, value) pairs whose keys begin so, sorted; counters excluded."""
 
     def delete(namespace, key):  # type: ignore[no-untyped-def]
-        """Forget a value or a counter; forgetting what is not there is fine."""
+        """Forget a value, a counter or a board; forgetting what is not there is fine."""
+
+    def post(namespace, member, notes, ttl_seconds=None):  # type: ignore[no-untyped-def]
+        """
+        Put up one member's notes, and read everybody's.
+
+        Under each key there may be a board: one note (bytes) for each member (bytes), kept apart from
+        values and counters.  `notes` maps keys to what `member` has to say there, in place of what it said
+        before; posting the same again changes nothing, so a call that failed may be repeated.  Returns a
+        Deferred of a mapping of the same keys to the boards, mappings of members to notes, this one's
+        included.  `ttl_seconds` counts for the whole board from its latest note, whoever's.
+        """
+
+    def boards(namespace):  # type: ignore[no-untyped-def]
+        """Return a Deferred of all boards of a namespace, as `post` does; for a start, not for every day."""
 
 
 class ILedgerMaker(IMaker):

@@ -133,7 +133,7 @@ class Node(Service):
             self._books_are_open = True
         for extension in self._extensions:
             if IService.providedBy(extension):
-                extension.startService()
+                await maybeDeferred(extension.startService)
         self._generation.start()
         self._listener.startService()
         ports: list[IListeningPort] = await self._listener.listening
