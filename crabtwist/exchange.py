@@ -150,6 +150,8 @@ class Exchange:
                 "model_not_allowed",
                 f"key {self._key.name!r} may not use model {context.model_asked!r}",
             )
+        find = self.registry.prices.find
+        context.prices = tuple(find(d.provider.kind, d.upstream_model, context.model) for d in candidates)
         return candidates
 
     # Asking.

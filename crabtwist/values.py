@@ -107,6 +107,7 @@ class Context:
     name of the virtual key.  `started_at` is Unix time in seconds.  `provider` and `upstream_model` are
     those of the *current attempt* ("" before the first), so that labels and prices name who really
     answers.  `max_tokens` is the client's own bound, None if it set none; `body_bytes` is the request's size.
+    `prices` are the rows of all deployments that may answer, None for one whose price nobody knows.
     `answer_headers` are for extensions to fill: fields, by lower-case name, that the answer will carry,
     whoever makes it, in place of the upstream's of that name.
     """
@@ -123,6 +124,7 @@ class Context:
     provider: str = ""
     upstream_model: str = ""
     body_bytes: int = 0
+    prices: tuple[PriceRow | None, ...] = ()
     answer_headers: dict[str, str] = attrs.field(factory=dict)
 
     @property

@@ -23,7 +23,7 @@ WORDS = ("money", "values", "errors", "interfaces", "settings", "records")
 GRAMMAR = (
     *("sse", "extension", "body", "headers"),
     *("dialects.base", "dialects.anthropic", "dialects.openai", "dialects.operations"),
-    *("pricing", "windows"),
+    *("pricing", "windows", "leases"),
 )
 POLICY = ("keys", "health", "routing", "retry", "hooks", "metrics", "plugins", "discovery")
 CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool", "upstream")
