@@ -69,6 +69,11 @@ class Reply:
         """Whether it is a stream of events."""
         return isinstance(self.relay, StreamRelay)
 
+    @property
+    def length(self) -> int | None:
+        """How many bytes its body has, None if nobody knows yet."""
+        return self.relay.length if isinstance(self.relay, PlainRelay) else None
+
 
 class Attempt:
     """

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 
 from crabtwist.discovery import M, Makers, own_settings, pick
 from crabtwist.errors import ConfigurationError
 from crabtwist.interfaces import IExtensionMaker, ILedgerMaker, IProviderMaker, IStorageMaker
-from crabtwist.keys import EVERY_MODEL, KeySettings, check_distinct
+from crabtwist.keys import EVERY_MODEL, KeySettings, KeyTerms, check_distinct, unheeded
 from crabtwist.pricing import ModelSettings
 from crabtwist.settings import (
     UNUSABLE,
@@ -29,7 +30,7 @@ from crabtwist.settings import (
     read,
     word,
 )
-from crabtwist.tables import GatewaySettings, ProviderSettings, ServedModel
+from crabtwist.tables import GatewaySettings, LedgerSettings, ProviderSettings, ServedModel
 
 
 @attrs.frozen
@@ -62,10 +63,11 @@ class ConfiguredStorage:
 
 @attrs.frozen
 class ConfiguredLedger:
-    """The `[ledger]`."""
+    """The `[ledger]`: `common` are every ledger's settings, `settings` its maker's own."""
 
     kind: str
     maker: ILedgerMaker
+    common: LedgerSettings
     settings: object
 
 
@@ -74,7 +76,7 @@ class Config(GatewaySettings):
     """
     A whole configuration, checked; comparable, and safe to print.
 
-    Providers, keys and extensions are in the order of the file.
+    Providers, keys and extensions are in the order of the file.  `ledger` is None for the kind "none".
     """
 
     providers: tuple[ConfiguredProvider, ...]
@@ -93,6 +95,12 @@ class _Models:
 
 _SECTIONS = ("providers", "keys", "aliases", "models", "extensions", "storage", "ledger")
 _COMMON = frozenset(field.name for field in attrs.fields(ProviderSettings))
+_COMMON_OF_LEDGERS = frozenset({"kind", *(field.name for field in attrs.fields(LedgerSettings))})
+
+#: What is embedded: one file beside the configuration, and nothing to install.
+EMBEDDED = "sqlite"
+#: The kind of ledger that is none.
+NO_LEDGER = "none"
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str], makers: Makers) -> Config:
@@ -138,7 +146,7 @@ def _read_document(document: dict[str, object], makers: Makers, complaints: list
     served = _served(document)
     if served is not None:
         _check_aliases(aliases, served, complaints)
-        _check_models_of_keys(keys, served | aliases.keys(), complaints)
+        _check_terms(keys, served | aliases.keys(), _table(document, "extensions", []), complaints)
     check_distinct(keys, complaints)
     if gateway is not None:
         _check_access(gateway, keys, complaints, any_keys=bool(document.get("keys")))
@@ -211,13 +219,14 @@ def _providers(
     if document.get("providers", {}) == {}:
         complaints.append("providers: there are none; add at least one [providers.NAME]")
     tables = _tables(document, "providers", complaints)
-    found = [_provider(name, table, makers, complaints) for name, table in tables.items()]
+    found = [read_provider(name, table, makers, complaints) for name, table in tables.items()]
     return [provider for provider in found if provider is not None]
 
 
-def _provider(
-    name: str, table: dict[str, object], makers: Makers, complaints: list[str]
+def read_provider(
+    name: str, table: Mapping[str, object], makers: Makers, complaints: list[str]
 ) -> ConfiguredProvider | None:
+    """Return what a table says of a provider, None after complaining, each time with the key's path."""
     where = key_path("providers", name)
     common_table = {"kind": name, **{key: value for key, value in table.items() if key in _COMMON}}
     common = read(ProviderSettings, common_table, where, complaints)
@@ -272,34 +281,53 @@ def _extensions(
 
 
 def _storage(document: dict[str, object], makers: Makers, complaints: list[str]) -> ConfiguredStorage | None:
-    found = _of_kind(document, "storage", "memory", makers.storages, makers, complaints)
+    table = _table(document, "storage", complaints)
+    found = _of_kind(table, "storage", makers.storages, makers, complaints, {"kind"})
     return None if found is None else ConfiguredStorage(*found)
 
 
 def _ledger(document: dict[str, object], makers: Makers, complaints: list[str]) -> ConfiguredLedger | None:
-    if "ledger" not in document:
+    """Return the ledger; None if there is to be none, or after complaining."""
+    table = _table(document, "ledger", complaints)
+    if table.get("kind") == NO_LEDGER:
+        complaints.extend(
+            f'{key_path("ledger", key)}: means nothing with kind = "none", which keeps no records; remove it'
+            for key in table
+            if key != "kind"
+        )
         return None
-    found = _of_kind(document, "ledger", "sqlite", makers.ledgers, makers, complaints)
-    return None if found is None else ConfiguredLedger(*found)
+    common_table = {key: table[key] for key in table if key in _COMMON_OF_LEDGERS - {"kind"}}
+    common = read(LedgerSettings, common_table, "ledger", complaints)
+    # Only for the complaint about a kind that there is not.
+    known: dict[str, Any] = {**makers.ledgers, NO_LEDGER: None}
+    found = _of_kind(table, "ledger", known, makers, complaints, _COMMON_OF_LEDGERS)
+    if common is None or found is None:
+        return None
+    kind, maker, settings = found
+    return ConfiguredLedger(kind, maker, common, settings)
 
 
 def _of_kind(
-    document: dict[str, object],
+    table: dict[str, object],
     section: str,
-    default: str,
     known: Mapping[str, M],
     makers: Makers,
     complaints: list[str],
+    common: Collection[str],
 ) -> tuple[str, M, object] | None:
-    """Return the kind, the maker and its settings that a section names, None after complaining."""
-    table = dict(_table(document, section, complaints))
-    kind = table.pop("kind", default)
+    """
+    Return the kind, the maker and its settings that a section names, None after complaining.
+
+    `common` are the keys that are not the maker's.
+    """
+    kind = table.get("kind", EMBEDDED)
     if not isinstance(kind, str) and kind is not UNUSABLE:
         complaints.append(f"{section}.kind: must be a string")
     maker = pick(known, kind, f"{section} kind", f"{section}.kind", makers, complaints)
     if maker is None:
         return None
-    settings = own_settings(maker, table, section, complaints, ("kind",))
+    own_table = {key: value for key, value in table.items() if key not in common}
+    settings = own_settings(maker, own_table, section, complaints, common)
     return None if settings is None else (str(kind), maker, settings)
 
 
@@ -332,13 +360,22 @@ def _check_aliases(aliases: dict[str, str], served: set[str], complaints: list[s
             complaints.append(f'{where}: no provider serves "{target}"{did_you_mean(target, served)}')
 
 
-def _check_models_of_keys(keys: dict[str, KeySettings], known: set[str], complaints: list[str]) -> None:
+def _check_terms(
+    keys: dict[str, KeySettings], known: set[str], extensions: Collection[str], complaints: list[str]
+) -> None:
     for where, key in keys.items():
-        complaints.extend(
-            f'{where}.models[{index}]: there is no model or alias "{name}"{did_you_mean(name, known)}'
-            for index, name in enumerate(key.models)
-            if name != EVERY_MODEL and name not in known
-        )
+        complaints.extend(models_complaints(key, where, known))
+        complaints.extend(unheeded(key, where, extensions))
+
+
+def models_complaints(terms: KeyTerms, where: str, known: set[str]) -> list[str]:
+    """Return complaints of models that nobody serves; `where` is the path of a key, `known` what there is."""
+    path = key_path(where, "models")
+    return [
+        f'{path}[{index}]: there is no model or alias "{name}"{did_you_mean(name, known)}'
+        for index, name in enumerate(terms.models)
+        if name != EVERY_MODEL and name not in known
+    ]
 
 
 def _check_access(

@@ -10,8 +10,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from crabtwist.errors import RecordRefused
 from crabtwist.journal import Journal
-from crabtwist.records import Record
+from crabtwist.records import Record, encode
 
 INTERVAL_SECONDS = 0.25
 BATCH_RECORDS = 500
@@ -29,6 +30,9 @@ class Delivery:
     Looks every `interval_seconds`.  An `append` that fails, or takes longer than `timeout_seconds`, is
     tried again, with the same records, after a wait that doubles up to `longest_wait_seconds`;
     `failures` counts those in a row, 0 when all is well.
+
+    When the ledger refuses records (`RecordRefused`), it is offered ever fewer of them, until one alone is
+    refused: that one is logged whole, counted in `refused`, and passed over.
     """
 
     _log = Logger()
@@ -45,6 +49,7 @@ class Delivery:
         longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
     ) -> None:
         self.failures = 0
+        self.refused = 0
         self._journal = journal
         self._ledger = ledger
         self._clock = clock
@@ -53,6 +58,7 @@ class Delivery:
         self._timeout_seconds = timeout_seconds
         self._longest_wait_seconds = longest_wait_seconds
         self._not_before = 0.0
+        self._most_records = batch_records
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
         self._lock = DeferredLock()
@@ -70,7 +76,8 @@ class Delivery:
         """
         Deliver everything now, whatever failed before.
 
-        Fires with whether the ledger has it all: after the first failure the rest stays in the journal.
+        Fires with whether the ledger has it all, but for what it refuses: after the first failure the rest
+        stays in the journal.
         May be cancelled, with the same effect.
         """
         return Deferred.fromCoroutine(self._deliver(None))
@@ -99,21 +106,44 @@ class Delivery:
     async def _deliver_alone(self, batches: int | None) -> bool:
         while batches is None or batches > 0:
             batches = None if batches is None else batches - 1
-            batch = self._journal.read(self._batch_records)
-            if batch.records:
-                await self._append(batch.records)
+            batch = self._journal.read(self._most_records)
+            if batch.records and not await self._accepted(batch.records):
+                continue
             self._journal.delivered(batch)
             if batch.last:
                 return True
         return False
 
+    async def _accepted(self, records: Sequence[Record]) -> bool:
+        """Say whether the ledger is done with records: it has them, or it never will."""
+        try:
+            await self._append(records)
+        except RecordRefused as error:
+            self._answered()
+            if len(records) > 1:
+                self._most_records = len(records) // 2
+                return False
+            self._pass_over(records[0], error)
+        else:
+            self._most_records = min(self._most_records * 2, self._batch_records)
+        return True
+
+    def _pass_over(self, record: Record, error: RecordRefused) -> None:
+        self.refused += 1
+        self._log.critical(
+            "the ledger refuses a record, which is in this line alone from now on: {error}; {record}",
+            error=error,
+            record=encode(record).decode(),
+        )
+
     async def _append(self, records: Sequence[Record]) -> None:
         appending: Deferred[Any] = maybeDeferred(self._ledger.append, records)
         await appending.addTimeout(self._timeout_seconds, self._clock)
+        self._answered()
+
+    def _answered(self) -> None:
         if self.failures:
-            self._log.info(
-                "the ledger takes records again, after {failures} failures", failures=self.failures
-            )
+            self._log.info("the ledger answers again, after {failures} failures", failures=self.failures)
         self.failures, self._not_before = 0, 0.0
 
     def _failed(self, error: Exception) -> None:

@@ -32,6 +32,13 @@ _STALE = (
 
 _log = Logger()
 
+_SORTS = {
+    "providers": IProviderMaker,
+    "extensions": IExtensionMaker,
+    "storages": IStorageMaker,
+    "ledgers": ILedgerMaker,
+}
+
 #: What Twisted remembers of a plugin package: module names (the last part) to what they hold.
 _Cache = Mapping[str, CachedDropin]
 
@@ -41,7 +48,8 @@ class Makers:
     """
     Every maker there is, by its word, sorted.
 
-    `failed` maps the full names of the drop-in modules that could not be loaded to the reason.
+    `failed` maps the full names of the drop-in modules that could not be loaded to the reason, `modules` what
+    was found ("providers.NAME", "extensions.NAME", ...) to those that it is from.
     """
 
     providers: Mapping[str, IProviderMaker] = MappingProxyType({})
@@ -49,6 +57,7 @@ class Makers:
     storages: Mapping[str, IStorageMaker] = MappingProxyType({})
     ledgers: Mapping[str, ILedgerMaker] = MappingProxyType({})
     failed: Mapping[str, str] = MappingProxyType({})
+    modules: Mapping[str, str] = MappingProxyType({})
 
 
 def discover(package: ModuleType | None = None) -> Makers:
@@ -61,13 +70,16 @@ def discover(package: ModuleType | None = None) -> Makers:
     cache = _cache(package)
     failed = _unimportable(package, cache)
     complaints: list[str] = []
-    providers = _named(IProviderMaker, cache, failed, complaints)
-    extensions = _named(IExtensionMaker, cache, failed, complaints)
-    storages = _named(IStorageMaker, cache, failed, complaints)
-    ledgers = _named(ILedgerMaker, cache, failed, complaints)
+    found = {sort: _named(interface, cache, failed, complaints) for sort, interface in _SORTS.items()}
     if complaints:
         raise ConfigurationError(complaints)
-    return Makers(providers, extensions, storages, ledgers, MappingProxyType(failed))
+    makers: dict[str, Any] = {sort: _only_makers(named) for sort, named in found.items()}
+    modules = {f"{sort}.{word}": module for sort in found for word, (_, module) in found[sort].items()}
+    return Makers(**makers, failed=MappingProxyType(failed), modules=MappingProxyType(modules))
+
+
+def _only_makers(named: Mapping[str, tuple[Any, str]]) -> Mapping[str, Any]:
+    return MappingProxyType({word: maker for word, (maker, _) in named.items()})
 
 
 def missing(sort: str, word: str, known: Iterable[str], failed: Mapping[str, str]) -> str:
@@ -132,7 +144,8 @@ def _cache(package: ModuleType) -> _Cache:
 
 def _named(
     interface: InterfaceClass, cache: _Cache, failed: dict[str, str], complaints: list[str]
-) -> Mapping[str, Any]:
+) -> dict[str, tuple[Any, str]]:
+    """Return the makers of a sort and the modules that they are from, by their words, sorted."""
     attribute = "kind" if "kind" in interface else "name"
     found: dict[str, tuple[Any, str]] = {}
     for dropin in sorted(cache.values(), key=lambda dropin: dropin.moduleName):
@@ -144,7 +157,7 @@ def _named(
                     f'two makers ({interface.__name__}) are called "{word}",'
                     f" in {module} and in {dropin.moduleName}; remove one of the drop-ins"
                 )
-    return MappingProxyType({word: found[word][0] for word in sorted(found)})
+    return {word: found[word] for word in sorted(found)}
 
 
 def _provided(interface: InterfaceClass, dropin: CachedDropin, failed: dict[str, str]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from crabtwist.dialects.base import Dialect
-from crabtwist.errors import Refusal
+from crabtwist.errors import Refusal, UpstreamError
 from crabtwist.values import Answer, Headers
 
 #: Fields that the gateway adds to every answer.
@@ -85,13 +85,15 @@ class Downstream:
         self.bytes_out += len(data)
         self._request.write(data)
 
-    def finish(self) -> None:
-        """End the answer as a whole one."""
+    remark = write
+
+    def finish(self, error: UpstreamError | None = None) -> None:  # noqa: ARG002 - for sinks that pass it on
+        """End the answer, which is whole or says itself that it is not."""
         if not self._ended:
             self._ended = True
             self._request.finish()
 
-    def abort(self) -> None:
+    def abort(self, error: UpstreamError | None = None) -> None:  # noqa: ARG002 - for sinks that pass it on
         """End the connection so that the answer cannot be taken for a whole one."""
         if not self._ended:
             self._ended = True

@@ -38,6 +38,14 @@ class StorageError(CrabtwistError):
     """
 
 
+class RecordRefused(StorageError):
+    """
+    A ledger cannot hold what it was given, now or later: the data is at fault, and not the ledger.
+
+    Raised for a list of records when one of them is; given alone, the others are taken.
+    """
+
+
 class Refusal(CrabtwistError):
     """
     An answer that the gateway makes itself.

@@ -2,32 +2,35 @@
 One request's life, top to bottom.
 
 Read, guard, look in the cache, ask the deployments, relay, settle: `run` tells it in that order, and
-whatever happens on the way, `_settle` is its last line.
+whatever happens on the way, `_settle` is its last line.  Where a cache has several share an answer, the
+first of them leads: it asks for all, and stays until there is nobody left to ask for.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from attrs import evolve
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from crabtwist import body as bodies
-from crabtwist import values
-from crabtwist.attempt import Attempt, Reply
+from crabtwist.attempt import Reply
 from crabtwist.dialects.operations import Operation
+from crabtwist.dispatch import Dispatch
 from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
-from crabtwist.errors import ConnectionBroken, Refusal, ShuttingDown, UpstreamError, internal_error
+from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_error
 from crabtwist.headers import upward
 from crabtwist.keys import VirtualKey, allows
+from crabtwist.money import PriceRow
 from crabtwist.plain_relay import PlainRelay
+from crabtwist.recording import Recording
 from crabtwist.relay import CLIENT_LEFT, End
-from crabtwist.retry import delay_before_retry
-from crabtwist.routing import Deployment, Registry, order
+from crabtwist.routing import Deployment, Registry
+from crabtwist.sharing import Lead, share
 from crabtwist.surroundings import Surroundings
-from crabtwist.values import Answer, Call, Context, EndedBy, Outcome, Usage
+from crabtwist.values import Answer, Context, EndedBy, Headers, Outcome
 
 _log = Logger()
 
@@ -60,6 +63,8 @@ class Exchange:
             model_asked="",
             model="",
             principal=key.name if key else None,
+            limits=key.limits if key else None,
+            budget=key.budget if key else None,
             stream=False,
             started_at=gateway.clock.seconds(),
             body_bytes=len(request.body),
@@ -72,13 +77,11 @@ class Exchange:
         self._request = request
         self._key = key
         self._client = Downstream(request, gateway.clock, request_id, self.context.answer_headers)
-        self._attempts: list[values.Attempt] = []
+        self._dispatch: Dispatch | None = None
+        self._lead: Lead | None = None
         self._reply: Reply | None = None
-        self._usage: Usage | None = None
         self._model_answered: str | None = None
         self._cache_hit = False
-        self._fidelity = b"verbatim"
-        self._vendor = ""
         self._interrupted: ShuttingDown | None = None
         self._running: Deferred[None] | None = None
 
@@ -112,18 +115,23 @@ class Exchange:
             message = type(error).__name__
             self._crashed()
         finally:
+            if self._lead is not None:
+                # Whoever asked pays, and how much is known at the end.
+                await self._lead.ended()
             self._settle(ended_by, reason, message)
 
     async def _answer(self) -> tuple[EndedBy, str, str | None]:
         """Answer, with whatever there is to be said, and return how that ended."""
         try:
-            candidates = self._read()
+            candidates, dispatch = self._read()
             await self._gateway.hooks.request(self.context)
-            answer = await self._gateway.hooks.cached(self.context, self._request.body)
-            if answer is None:
-                return await self._ask_and_relay(candidates)
+            found = await self._gateway.hooks.cached(self.context, self._request.body)
+            if isinstance(found, Recording) and (found.open or not found.led):
+                return await self._share(found, candidates, dispatch)
+            if not isinstance(found, Answer):
+                return await self._relay(await dispatch.reply(candidates), dispatch)
             self._cache_hit = True
-            self._client.answer(answer)
+            self._client.answer(found)
         except Refusal as refusal:
             self._refuse(refusal)
             return "gateway", refusal.slug, refusal.message
@@ -134,14 +142,16 @@ class Exchange:
 
     # Reading.
 
-    def _read(self) -> list[Deployment]:
+    def _read(self) -> tuple[list[Deployment], Dispatch]:
         """Learn what is asked for, and who could answer; raises `Refusal`."""
-        self._body = bodies.read(self._request.body, self._gateway.max_json_depth)
+        body = bodies.read(self._request.body, self._gateway.max_json_depth)
         context = self.context
-        context.model_asked = self._body.model
-        context.model = self.registry.resolve(self._body.model)
-        context.stream = self._body.stream and self._operation.streams
-        context.max_tokens = self._body.max_tokens
+        context.model_asked = body.model
+        context.model = self.registry.resolve(body.model)
+        context.stream = body.stream and self._operation.streams
+        context.max_tokens = body.max_tokens
+        context.query = self._request.query
+        context.headers = upward(self._request.fields)
         self.model_known = context.model in self.registry.models
         candidates = self.registry.candidates(context.model_asked, self._operation)
         if self._key is not None and not allows(self._key, context.model_asked, context.model):
@@ -152,156 +162,57 @@ class Exchange:
             )
         find = self.registry.prices.find
         context.prices = tuple(find(d.provider.kind, d.upstream_model, context.model) for d in candidates)
-        return candidates
-
-    # Asking.
-
-    async def _ask_and_relay(self, candidates: list[Deployment]) -> tuple[EndedBy, str, str | None]:
-        gateway = self._gateway
-        deployments = order(candidates, gateway.random, gateway.health, gateway.clock.seconds())
-        best: UpstreamError | None = None
-        for index, deployment in enumerate(deployments):
-            try:
-                return await self._relay(await self._ask(deployment))
-            except UpstreamError as error:
-                # The upstream's own answer tells a client more than the gateway's words about another.
-                best = error if best is None or error.answer is not None or best.answer is None else best
-                if error.final or index + 1 == len(deployments):
-                    raise best from None
-                gateway.metrics.fell_back(deployment.provider.name, error.slug)
-        raise AssertionError("the registry gave no candidates")
-
-    async def _ask(self, deployment: Deployment) -> Reply:
-        """Ask one deployment, again where that may help."""
-        gateway, first_asked_at, tries = self._gateway, self._gateway.clock.seconds(), 0
-        while True:
-            tries += 1
-            try:
-                return await self._attempt(deployment)
-            except UpstreamError as error:
-                now = gateway.clock.seconds()
-                gateway.health.failed(deployment.name, now, error.retry_after_seconds)
-                gateway.hooks.failed(self.context, error)
-                delay = delay_before_retry(deployment, tries, now - first_asked_at, error, gateway.random)
-                if delay is None or error.final:
-                    raise
-                gateway.metrics.retried(deployment.provider.name, error.slug)
-                await deferLater(gateway.clock, delay)
+        self._dispatch = Dispatch(
+            self._gateway, self.registry, self._operation, context, body, self._nobody_waits
+        )
+        return candidates, self._dispatch
 
     @property
     def _abandoned(self) -> bool:
-        """Whether nobody waits any more; a guard or a provider may have swallowed the order to stop."""
+        """Whether this client waits no more."""
         return self._interrupted is not None or not self._client.open
 
-    async def _attempt(self, deployment: Deployment) -> Reply:
-        if self._abandoned:
-            raise CancelledError
-        gateway, context = self._gateway, self.context
-        context.provider, context.upstream_model = deployment.provider.name, deployment.upstream_model
-        self._vendor = deployment.provider.kind
-        asks_for_usage, call = self._call(deployment)
-        if gateway.books is not None:
-            gateway.books.reserve(context, self.registry.prices.find(self._vendor, call.model, context.model))
-        attempt = Attempt(
-            context,
-            self._operation,
-            deployment,
-            gateway.clock,
-            gateway.patience,
-            gateway.hooks,
-            hide_usage=asks_for_usage,
-        )
-        began_at, error = gateway.clock.seconds(), None
-        try:
-            reply = await attempt.reply(call)
-        except UpstreamError as failure:
-            error = failure.slug
-            failure.fidelity = self._fidelity
-            raise
-        except CancelledError:
-            error = "cancelled"
-            if self._abandoned:
-                raise
-            raise ConnectionBroken("the provider gave up by itself") from None
-        finally:
-            self._note_attempt(attempt, began_at, error)
-        self._deployment = deployment
-        return reply
-
-    def _call(self, deployment: Deployment) -> tuple[bool, Call]:
-        """Return whether usage is asked for in the client's place, and what to send."""
-        edits = self._body.renaming(deployment.upstream_model)
-        usage_edits: list[bodies.Edit] = []
-        if self.context.stream and self._gateway.inject_stream_usage:
-            usage_edits = self._operation.dialect.ask_for_usage(self._body)
-        data = bodies.splice(self._body.data, [*edits, *usage_edits])
-        self._fidelity = b"verbatim" if data is self._body.data else b"spliced"
-        call = Call(
-            operation=self._operation.name,
-            dialect=self._operation.dialect.name,
-            model=deployment.upstream_model,
-            stream=self.context.stream,
-            query=self._request.query,
-            headers=upward(self._request.fields),
-            body=data,
-        )
-        return bool(usage_edits), call
-
-    def _note_attempt(self, attempt: Attempt, began_at: float, error: str | None) -> None:
-        now = self._gateway.clock.seconds()
-        self._attempts.append(
-            values.Attempt(
-                provider=self.context.provider,
-                model=self.context.upstream_model,
-                status=attempt.status,
-                error=error,
-                started_after_seconds=began_at - self.context.started_at,
-                duration_seconds=now - began_at,
-            )
-        )
-        self._usage = attempt.reader.usage
+    def _nobody_waits(self) -> bool:
+        return self._abandoned if self._lead is None else self._lead.recording.deserted
 
     # Relaying.
 
-    async def _relay(self, reply: Reply) -> tuple[EndedBy, str, str | None]:
+    async def _relay(self, reply: Reply, dispatch: Dispatch) -> tuple[EndedBy, str, str | None]:
+        end = await self._pour(reply, ((FIDELITY, dispatch.fidelity),))
+        self._heard(dispatch, reply, end)
+        return _told(reply, end)
+
+    async def _pour(self, reply: Reply, own: Headers) -> End:
+        """Relay an answer to the client; returns how it ended."""
         relay = reply.relay
         if self._abandoned:
             relay.stop()
             raise CancelledError
         self._reply = reply
-        length = relay.length if isinstance(relay, PlainRelay) else None
-        self._client.start(reply.status, (*reply.headers, (FIDELITY, self._fidelity)), length)
+        self._client.start(reply.status, (*reply.headers, *own), reply.length)
         self._client.flush_head()
         relay.flow(self._client)
         if reply.streamed:
             self._gateway.metrics.open_streams.inc()
         try:
-            end = relay.end or await relay.done
+            return relay.end or await relay.done
         except CancelledError:
             relay.stop()
-            end = CLIENT_LEFT
+            return CLIENT_LEFT
         finally:
             if reply.streamed:
                 self._gateway.metrics.open_streams.dec()
-        return self._relayed(reply, end)
 
-    def _relayed(self, reply: Reply, end: End) -> tuple[EndedBy, str, str | None]:
+    def _heard(self, dispatch: Dispatch, reply: Reply, end: End) -> None:
+        """Take down what an upstream's answer says, whoever it is for, and show it to the watchers."""
         self._model_answered = reply.reader.model
-        self._usage = reply.reader.usage
-        self._note_health(end)
-        if end.error is not None:
-            self._gateway.hooks.failed(self.context, end.error)
-            return end.ended_by, end.reason, end.error.message
-        if end.reason == "complete" and reply.status >= 400:
-            return "upstream", "upstream_status", None
-        if end.reason == "complete":
-            self._show_answer(reply)
-        return end.ended_by, end.reason, None
-
-    def _show_answer(self, reply: Reply) -> None:
+        dispatch.ended(reply, end)
         gateway = self._gateway
+        if end.error is not None:
+            gateway.hooks.failed(self.context, end.error)
+            return
         copy = reply.relay.copy if isinstance(reply.relay, PlainRelay) else None
-        if copy is None or not gateway.hooks.want_answers:
+        if end.reason != "complete" or reply.status >= 400 or copy is None or not gateway.hooks.want_answers:
             return
         # The relay has copied a small answer whatever the limit is.
         if len(copy) <= gateway.patience.max_answer_copy_bytes:
@@ -309,17 +220,27 @@ class Exchange:
                 self.context, self._request.body, Answer(reply.status, reply.headers, copy)
             )
 
-    def _note_health(self, end: End) -> None:
-        """
-        A deployment that breaks what it begins is no healthier than one that does not begin.
-
-        An answer that its client or a stop of the gateway cut short says nothing of it.
-        """
-        health, name = self._gateway.health, self._deployment.name
-        if end.reason == "complete":
-            health.succeeded(name)
-        elif end.error is not None and end.error is not self._interrupted:
-            health.failed(name, self._gateway.clock.seconds())
+    async def _share(
+        self, recording: Recording, candidates: list[Deployment], dispatch: Dispatch
+    ) -> tuple[EndedBy, str, str | None]:
+        """Give an answer that others are given too; the first has to ask for it."""
+        if self._abandoned:
+            raise CancelledError
+        following = recording.follow()
+        if recording.led:
+            self._cache_hit = True
+        else:
+            self._lead = Lead(recording, dispatch, partial(self._heard, dispatch))
+            self._lead.begin(candidates)
+        reader = await following
+        try:
+            reply = share(recording, reader, self._gateway, self._operation, self.context)
+            end = await self._pour(reply, ())
+        finally:
+            # Whatever went wrong, the others do not wait for who reads no more.
+            reader.stopProducing()
+        self._model_answered = self._model_answered or reply.reader.model
+        return _told(reply, end)
 
     # Ending otherwise.
 
@@ -361,13 +282,17 @@ class Exchange:
     # Settling.
 
     def _settle(self, ended_by: EndedBy, reason: str, message: str | None) -> None:
-        usage = None if self._cache_hit else self._usage
-        context = self.context
+        context, dispatch = self.context, self._dispatch
+        attempts = () if dispatch is None else tuple(dispatch.attempts)
+        usage = None if dispatch is None else dispatch.usage
         # Of what was asked and never counted nobody can tell what it costs; what was never asked is free.
-        price, cost = None, None if self._attempts else 0
-        if usage is not None:
+        price, cost = None, None if attempts else 0
+        others: dict[str, PriceRow] = {}
+        if dispatch is not None and usage is not None:
             model = self._model_answered or context.upstream_model
-            price, cost = self.registry.prices.cost(usage, self._vendor, model, context.model)
+            prices = self.registry.prices
+            price, cost = prices.cost(usage, dispatch.vendor, model, context.model)
+            others = prices.named_in(usage, dispatch.vendor)
         started_at, now = self.context.started_at, self._gateway.clock.seconds()
         first_byte_at = self._client.first_byte_at
         self.outcome = Outcome(
@@ -376,7 +301,7 @@ class Exchange:
             reason=reason,
             message=message,
             usage=usage,
-            attempts=tuple(self._attempts),
+            attempts=attempts,
             model_answered=self._model_answered,
             first_byte_seconds=None if first_byte_at is None else first_byte_at - started_at,
             duration_seconds=now - started_at,
@@ -385,6 +310,7 @@ class Exchange:
             cache_hit=self._cache_hit,
             cost=cost,
             price=price,
+            other_prices=others,
         )
 
     def _status(self, reason: str) -> int:
@@ -393,3 +319,12 @@ class Exchange:
         relay = self._reply.relay if self._reply is not None else None
         whole = relay is None or (relay.end is not None and relay.end.reason == "complete")
         return self._client.status if whole else 0
+
+
+def _told(reply: Reply, end: End) -> tuple[EndedBy, str, str | None]:
+    """Return how an answer ended for the client that it was relayed to."""
+    if end.error is not None:
+        return end.ended_by, end.reason, end.error.message
+    if end.reason == "complete" and reply.status >= 400:
+        return "upstream", "upstream_status", None
+    return end.ended_by, end.reason, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zope.interface import implementer
@@ -9,7 +10,10 @@ from zope.interface import implementer
 from crabtwist.errors import UpstreamError
 from crabtwist.interfaces import IExtension
 from crabtwist.sse import Event
-from crabtwist.values import Answer, Context, Outcome
+from crabtwist.values import AdminAction, Answer, Context, Outcome
+
+#: Takes a query's parameters; returns what JSON can say, or a Deferred or coroutine of that.
+AdminRoute = Callable[[Mapping[str, str]], Any]
 
 
 @implementer(IExtension)
@@ -22,6 +26,10 @@ class Extension:
     """
 
     name = ""
+
+    def admin_routes(self) -> Mapping[str, AdminRoute]:
+        """Return what to show to whoever has the admin token, by path."""
+        return {}
 
     def on_request(self, context: Context) -> Any:
         """Guard the request: raise `crabtwist.errors.Refused` to end it."""
@@ -40,3 +48,6 @@ class Extension:
 
     def on_end(self, context: Context, outcome: Outcome) -> Any:
         """Watch the end, exactly once."""
+
+    def on_admin_action(self, action: AdminAction) -> Any:
+        """Watch what was done to the gateway itself."""

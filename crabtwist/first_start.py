@@ -29,8 +29,12 @@ _TOP = """\
 # Where to listen: here, for this machine alone.  Endpoint strings of Twisted's are fine as well.
 listen = "127.0.0.1:5632"
 
-# Reserved for the admin API, which is not there yet.
+# Opens what is below /v1/admin/ to whoever sends it as a key is sent.
 admin_token = "{admin_token}"
+
+# Protects what the admin API keeps in the store.  All nodes on one store need the same; without it, the keys
+# made there open nothing any more.
+secret_key = "{secret_key}"
 
 # How long requests may go on after the order to stop, in seconds.
 #shutdown_timeout = 30
@@ -59,12 +63,28 @@ _BOTTOM = """\
 #[aliases]
 #fast = "echo"
 
-# Extensions see every request, in the order in which they stand here.  This one logs a line for each.
+# Extensions see every request, in the order in which they stand here.  The first one logs a line for each;
+# the others hold keys to limits and budgets, those that they bring with them or those that you write here.
 [extensions.logging]
 
-# Where shared counters are kept; "memory" is this process's own.
+[extensions.rate_limit]
+#requests_per_minute = 60
+
+[extensions.budget]
+#dollars = 50.0
+#per = "month"
+
+# Where extensions keep counters and values.  Relative paths begin at this file's folder.
 #[storage]
-#kind = "memory"
+#kind = "sqlite"
+#path = "crabtwist.db"
+
+# The record of every request, without the bodies; kind = "none" keeps none.
+#[ledger]
+#kind = "sqlite"
+#path = "crabtwist-ledger.db"
+#journal = "crabtwist-journal"
+#keep_days = 400
 """
 
 
@@ -89,7 +109,7 @@ def write_first_config(path: str | os.PathLike[str], environ: Mapping[str, str])
     """
     admin_token = f"ct-admin-{secrets.token_hex(32)}"
     key = generate_key()
-    blocks = [_TOP.format(admin_token=admin_token, key=key)]
+    blocks = [_TOP.format(admin_token=admin_token, secret_key=secrets.token_hex(32), key=key)]
     models = [ECHO_MODEL]
     for name, variable, served in (
         ("anthropic", "ANTHROPIC_API_KEY", CLAUDE_MODELS),
@@ -133,6 +153,9 @@ OpenAI clients:
   export OPENAI_BASE_URL={shlex.quote(f"{url}/v1")} OPENAI_API_KEY={key}
 
 Models: {", ".join(first_start.models)}
+
+What is counted and who asked for what is kept beside the configuration, in crabtwist.db,
+crabtwist-ledger.db and crabtwist-journal; [storage] and [ledger] say otherwise.
 """
 
 

@@ -21,12 +21,14 @@ from crabtwist.hooks import Hooks
 from crabtwist.keys import KeyRing, VirtualKey
 from crabtwist.metrics import Metrics
 from crabtwist.routing import Registry
-from crabtwist.values import Usage, UsageEvent
+from crabtwist.values import Context, Outcome, Usage, UsageEvent
 
 _log = Logger()
 
 #: Told of every request's usage, once.
 UsageSubscriber = Callable[[UsageEvent], None]
+#: Told of every request's end.
+Watcher = Callable[[Context, Outcome], None]
 
 
 class Gateway:
@@ -34,7 +36,8 @@ class Gateway:
     The gateway itself, without sockets.
 
     `registry` and `keys` may be replaced at any time; an exchange keeps those that it began with.
-    `keys` None means that anybody may ask, `books` None that no ledger is kept.
+    `keys` None means that anybody may ask, `books` None that no ledger is kept.  `watchers` are told how each
+    request ended; what one of them raises is logged.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Gateway:
         self.inject_stream_usage = inject_stream_usage
         self.books = books
         self.draining = False
+        self.watchers: list[Watcher] = []
         self._running: set[Exchange] = set()
         self._subscribers: list[UsageSubscriber] = []
         self._waiting: list[tuple[Registry, Deferred[None]]] = []
@@ -125,6 +129,7 @@ class Gateway:
             self.books.settle(context, outcome)
         self.metrics.settled(context, outcome, known_model=exchange.model_known)
         self._publish(exchange)
+        self._tell_watchers(context, outcome)
         self.hooks.ended(context, outcome)
         if self._waiting:
             self._tell_unused()
@@ -152,6 +157,13 @@ class Gateway:
                 subscriber(event)
             except Exception:
                 _log.failure("{request_id}: a subscriber to usage events failed", request_id=event.request_id)
+
+    def _tell_watchers(self, context: Context, outcome: Outcome) -> None:
+        for watcher in tuple(self.watchers):
+            try:
+                watcher(context, outcome)
+            except Exception:
+                _log.failure("{request_id}: a watcher failed", request_id=context.request_id)
 
 
 def new_request_id() -> str:

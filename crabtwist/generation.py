@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 from twisted.application.service import IService
 from twisted.internet.defer import DeferredList, maybeDeferred
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from crabtwist.config import Config, ConfiguredProvider
@@ -19,6 +20,7 @@ from crabtwist.keys import KeyRing
 from crabtwist.metrics import Metrics
 from crabtwist.pricing import PriceBook, published
 from crabtwist.routing import Deployment, Registry
+from crabtwist.stored_keys import StoredKey
 from crabtwist.tables import ProviderSettings
 from crabtwist.upstream import UpstreamAgent
 
@@ -43,33 +45,59 @@ class Services:
         return agent
 
 
+@attrs.frozen
+class Made:
+    """
+    What was made through the admin API, as far as it can be read.
+
+    What the configuration has of the same name comes first.
+    """
+
+    keys: tuple[StoredKey, ...] = ()
+    providers: tuple[ConfiguredProvider, ...] = ()
+    digest_key: bytes = b""
+
+
 class Generation:
     """
     One configuration's providers, registry and keys; `directory` is the configuration's folder.
 
     Made without side effects; `start` and `stop` do for those providers that are services.  Raises
-    `ConfigurationError` with why each of the providers that cannot be made cannot.
+    `ConfigurationError` with why each of the configuration's providers that cannot be made cannot; what was
+    made beside it and cannot be had is logged and left out.
     """
 
-    def __init__(self, config: Config, reactor: Any, metrics: Metrics, directory: Path) -> None:
+    _log = Logger()
+
+    def __init__(
+        self, config: Config, reactor: Any, metrics: Metrics, directory: Path, made: Made | None = None
+    ) -> None:
         self._directory = directory
         self._services: list[Services] = []
-        self._providers: list[Any] = []
+        self.providers: list[Any] = []
         deployments: list[Deployment] = []
         complaints: list[str] = []
-        for configured in config.providers:
+        made = made or Made()
+        written = {configured.name for configured in config.providers}
+        others = [configured for configured in made.providers if configured.name not in written]
+        for configured in (*config.providers, *others):
             try:
                 provider = self._make(configured, reactor, metrics)
             except ConfigurationError as error:
-                complaints += error.complaints
+                if configured in others:
+                    self._log.error(
+                        "the stored provider {name!r}: {error}", name=configured.name, error=error
+                    )
+                else:
+                    complaints += error.complaints
             else:
-                self._providers.append(provider)
+                self.providers.append(provider)
                 deployments += _deployments(provider, configured.common)
         if complaints:
             raise ConfigurationError(complaints)
         own_prices = {name: settings.row(name) for name, settings in config.models.items()}
         self.registry = Registry(deployments, config.aliases, PriceBook(published(), own_prices))
-        self.keys = None if config.allow_anonymous else KeyRing(config.keys)
+        self.keys = None if config.allow_anonymous else key_ring(config, made)
 
     def _make(self, configured: ConfiguredProvider, reactor: Any, metrics: Metrics) -> Any:
         services = Services(
@@ -87,7 +115,7 @@ class Generation:
 
     def start(self) -> None:
         """Start the providers that are services."""
-        for provider in self._providers:
+        for provider in self.providers:
             if IService.providedBy(provider):
                 provider.startService()
 
@@ -95,11 +123,18 @@ class Generation:
         """Stop them, and close every kept connection."""
         stopping = [
             maybeDeferred(provider.stopService)
-            for provider in self._providers
+            for provider in self.providers
             if IService.providedBy(provider)
         ]
         closing = [agent.close() for services in self._services for agent in services.agents]
         await DeferredList([*stopping, *closing], consumeErrors=True)
+
+
+def key_ring(config: Config, made: Made) -> KeyRing:
+    """Return the keys of a configuration, and those that were made beside it."""
+    written = {key.name for key in config.keys}
+    others = [(key.virtual, key.digests) for key in made.keys if key.name not in written]
+    return KeyRing(config.keys, made.digest_key, others)
 
 
 def _deployments(provider: Any, common: ProviderSettings) -> list[Deployment]:

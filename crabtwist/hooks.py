@@ -23,8 +23,9 @@ from twisted.python.failure import Failure
 from crabtwist.errors import ConfigurationError, Refusal, UpstreamError
 from crabtwist.extension import Extension
 from crabtwist.interfaces import IExtension
+from crabtwist.recording import Recording
 from crabtwist.sse import Event
-from crabtwist.values import Answer, Context, Outcome
+from crabtwist.values import AdminAction, Answer, Context, Outcome
 
 #: How long a guard or a cache may take before it counts as crashed.
 HOOK_TIMEOUT_SECONDS = 10.0
@@ -73,6 +74,7 @@ class Hooks:
         self._on_chunk = self._collect(extensions, "on_chunk")
         self._on_error = self._collect(extensions, "on_error")
         self._on_end = self._collect(extensions, "on_end")
+        self._on_admin_action = self._collect(extensions, "on_admin_action")
 
     @staticmethod
     def _collect(extensions: Sequence[Any], name: str) -> tuple[_Hook, ...]:
@@ -108,8 +110,8 @@ class Hooks:
                     "tell whoever runs this gateway",
                 ) from error
 
-    async def cached(self, context: Context, body: bytes) -> Answer | None:
-        """Return the first answer that some cache has."""
+    async def cached(self, context: Context, body: bytes) -> Answer | Recording | None:
+        """Return the first answer that some cache has, or wants to have."""
         for hook in self._on_cache_lookup:
             try:
                 answer = await self._within_time(hook.call(context, body))
@@ -142,6 +144,10 @@ class Hooks:
         """Show the outcome to its watchers."""
         self._tell(self._on_end, context, outcome)
 
+    def administered(self, action: AdminAction) -> None:
+        """Show what was done to the gateway itself to its watchers."""
+        self._tell(self._on_admin_action, action)
+
     async def _within_time(self, result: Any) -> Any:
         if iscoroutine(result):
             result = Deferred.fromCoroutine(result)
@@ -149,32 +155,36 @@ class Hooks:
             return result
         return await result.addTimeout(self._timeout_seconds, self._clock, _timed_out)
 
-    def _tell(self, hooks: tuple[_Hook, ...], context: Context, *args: object) -> None:
+    def _tell(self, hooks: tuple[_Hook, ...], subject: Context | AdminAction, *args: object) -> None:
         for hook in hooks:
             try:
-                result = hook.call(context, *args)
+                result = hook.call(subject, *args)
             except Exception:
-                _crashed(hook.extension, context, Failure())
+                _crashed(hook.extension, subject, Failure())
                 continue
             if result is not None:
-                _watch(hook.extension, context, result)
+                _watch(hook.extension, subject, result)
 
 
 def _timed_out(_result: object, timeout_seconds: float) -> Any:
     raise DeferredTimeoutError(f"no answer within {timeout_seconds} seconds")
 
 
-def _watch(extension: str, context: Context, result: Deferred[Any] | Coroutine[Any, Any, Any]) -> None:
+def _watch(
+    extension: str, subject: Context | AdminAction, result: Deferred[Any] | Coroutine[Any, Any, Any]
+) -> None:
     """Log what a watcher's Deferred fails with; nothing waits for it."""
     deferred = Deferred.fromCoroutine(result) if iscoroutine(result) else result
     if isinstance(deferred, Deferred):
-        deferred.addErrback(lambda failure: _crashed(extension, context, failure))
+        deferred.addErrback(lambda failure: _crashed(extension, subject, failure))
 
 
-def _crashed(extension: str, context: Context, failure: Failure) -> None:
+def _crashed(extension: str, subject: Context | AdminAction, failure: Failure) -> None:
+    request_id = subject.request_id if isinstance(subject, Context) else None
     _log.failure(
-        "{request_id}: the extension {extension} failed",
+        "{subject}: the extension {extension} failed",
         failure,
-        request_id=context.request_id,
+        subject=subject.action if isinstance(subject, AdminAction) else request_id,
+        request_id=request_id,
         extension=extension,
     )

@@ -104,6 +104,15 @@ class IExtension(Interface):
 
     name = Attribute("Its maker's name.")
 
+    def admin_routes():  # type: ignore[no-untyped-def]
+        """
+        Return what it shows to whoever has the admin token; asked once, before anything is started.
+
+        A mapping of paths ("totals", "a/b") to callables: `GET /v1/admin/extensions/NAME/PATH` calls one
+        with the query's parameters, a mapping of text to text, and answers with what it returns, or a
+        Deferred or coroutine of that, as JSON.  It may raise `crabtwist.errors.Refusal`.
+        """
+
     def on_request(context):  # type: ignore[no-untyped-def]
         """
         Before the cache and any upstream.
@@ -116,7 +125,9 @@ class IExtension(Interface):
         """
         After every guard said yes.  `body` is the request's bytes.
 
-        Returns a `crabtwist.values.Answer` to give instead of asking an upstream, or None.
+        Returns a `crabtwist.values.Answer` to give instead of asking an upstream, or None.  May also
+        return a `crabtwist.recording.Recording`, the same one for several requests: the first that gets it
+        asks an upstream, all are given what comes, and once it is complete it can be given again.
         """
 
     def on_response(context, body, response):  # type: ignore[no-untyped-def]
@@ -146,6 +157,13 @@ class IExtension(Interface):
         `crabtwist.values.Outcome`.  The answer does not wait for what this returns.
         """
 
+    def on_admin_action(action):  # type: ignore[no-untyped-def]
+        """
+        After somebody did something to the gateway itself, or tried to: a `crabtwist.values.AdminAction`.
+
+        It has happened, so there is nothing to refuse; nothing waits for what this returns.
+        """
+
 
 class IStorageMaker(IMaker):
     """Makes the stores of one kind."""
@@ -164,7 +182,7 @@ class IStorage(Interface):
     caller's own, kept apart from the key so that no text of a client's can reach into another's.
     """
 
-    between_nodes = Attribute("Whether other nodes see the same: True for a server, False for one's own file.")
+    between_nodes = Attribute("Whether other nodes see the same: True for a server, False for a file.")
 
     def open():  # type: ignore[no-untyped-def]
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ SETTLEMENT_BYTES = 4096
 
 #: A batch is read at once, on the reactor's thread; this much takes a few milliseconds.
 BATCH_BYTES = 2**20
+#: As many settled records are remembered, so that those are not read again that are delivered in time.
+MOST_FRESH = 2000
+
 #: The alarm is over when the journal is no fuller than this.
 ROOM_AGAIN = 0.9
 
@@ -127,6 +131,8 @@ class Journal:
         self._sync_lock = DeferredLock()
         self._segments: Segments | None = None
         self._open: dict[str, _Open] = {}
+        # Either all that is undelivered, each with the place after it, or nothing.
+        self._fresh: deque[tuple[Record, Place]] = deque()
         self._place = Place(0, 0)
         self._dropping = False
 
@@ -229,11 +235,19 @@ class Journal:
         line = self._line(SETTLED, record)
         reserved = record.id in self._open
         if line is not None and (reserved or self._has_room(line)) and self._write(line):
+            self._remember(record)
             self.undelivered += 1
             self._open.pop(record.id, None)
         else:
             # What was reserved stays so: the next start finds it.
             self.dropped_records += 1
+
+    def _remember(self, record: Record) -> None:
+        assert self._segments is not None, "it was just written to"
+        if len(self._fresh) == self.undelivered < MOST_FRESH:
+            self._fresh.append((record, self._segments.end))
+        else:
+            self._fresh.clear()
 
     def _line(self, kind: bytes, kept: Record | Reservation) -> bytes | None:
         try:
@@ -267,12 +281,18 @@ class Journal:
 
     # Delivering.
 
+    def find(self, request_id: str) -> Record | None:
+        """Return the record of a request that ended lately, if it is remembered and not delivered yet."""
+        return next((record for record, _ in reversed(self._fresh) if record.id == request_id), None)
+
     def read(self, most_records: int) -> Batch:
         """Return the oldest undelivered records; the same again until they are `delivered`."""
         records: list[Record] = []
         settled, place, unread = 0, self._place, BATCH_BYTES
         if self._segments is None:
             return Batch((), 0, place, last=True)
+        if self._fresh:
+            return self._fresh_batch(most_records, self._segments)
         for line, end in self._segments.lines(self._place):
             place = end
             kind, payload = _whole(line)
@@ -286,6 +306,13 @@ class Journal:
         place = max(place, Place(self._segments.last, 0))
         return Batch(tuple(records), settled, place, last=True)
 
+    def _fresh_batch(self, most_records: int, segments: Segments) -> Batch:
+        taken = list(islice(self._fresh, most_records))
+        records = tuple(record for record, _ in taken)
+        last = len(taken) == len(self._fresh)
+        place = taken[-1][1]
+        return Batch(records, len(taken), max(place, Place(segments.last, 0)) if last else place, last)
+
     def _record(self, payload: bytes) -> list[Record]:
         try:
             return [decode_record(payload)]
@@ -297,6 +324,8 @@ class Journal:
         """Note that a ledger has the records of a batch, and never return them again."""
         self._place = batch.end
         self.undelivered -= batch.settled
+        for _ in range(batch.settled if self._fresh else 0):
+            self._fresh.popleft()
         noted = not batch.settled or self._write(frame(DELIVERED, _encode_place(batch.end)))
         if noted and self._carried_over():
             assert self._segments is not None

@@ -7,10 +7,9 @@ protects them as well as a slow one would, and a request need not wait for a slo
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import attrs
 
@@ -20,9 +19,11 @@ from crabtwist.settings import (
     ONE_IS_ENOUGH,
     Secret,
     header_word,
+    key_path,
     not_empty,
     word,
 )
+from crabtwist.terms import KeyBudgetSettings, LimitSettings, moment, unix_time
 
 KEY_PREFIX = "sk-ct-"
 EVERY_MODEL = "*"
@@ -32,16 +33,45 @@ _BUCKET_BYTES = 4
 
 
 @attrs.frozen(kw_only=True)
-class KeySettings:
+class KeyTerms:
     """
-    One `[[keys]]` table.
+    What a key may do, wherever it was made.
 
-    `key` is the secret that clients send.  `models` are names of models and aliases; "*" means all.
+    `models` are names of models and aliases; "*" means all.  From `expires_at` on, and while it is
+    `disabled`, it opens nothing.  `limits` and `budget` are for the extensions `rate_limit` and `budget`, in
+    place of what these have for all keys.  `metadata` is for people.
     """
+
+    models: tuple[str, ...] = attrs.field(default=(EVERY_MODEL,), validator=not_empty, metadata=ONE_IS_ENOUGH)
+    expires_at: str | None = attrs.field(default=None, validator=moment)
+    disabled: bool = False
+    limits: LimitSettings | None = None
+    budget: KeyBudgetSettings | None = None
+    metadata: Mapping[str, str] = attrs.field(factory=dict)
+
+    def virtual_key(self, name: str) -> VirtualKey:
+        """Return the key of this name on these terms."""
+        return VirtualKey(
+            name=name,
+            models=None if EVERY_MODEL in self.models else frozenset(self.models),
+            expires_at=None if self.expires_at is None else unix_time(self.expires_at),
+            disabled=self.disabled,
+            limits=self.limits,
+            budget=self.budget,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class KeySettings(KeyTerms):
+    """One `[[keys]]` table: `key` is the secret that clients send."""
 
     name: str = attrs.field(validator=word)
     key: Secret = attrs.field(validator=header_word)
-    models: tuple[str, ...] = attrs.field(default=(EVERY_MODEL,), validator=not_empty, metadata=ONE_IS_ENOUGH)
+
+    @property
+    def virtual(self) -> VirtualKey:
+        """The key that it describes."""
+        return self.virtual_key(self.name)
 
 
 @attrs.frozen
@@ -50,35 +80,69 @@ class VirtualKey:
     A key that was recognised.
 
     `name` is the principal.  `models` are the names of the models and aliases that it may use; None
-    means all of them.
+    means all of them.  `expires_at` is Unix time, None for never.
     """
 
     name: str
     models: frozenset[str] | None
+    expires_at: float | None = None
+    disabled: bool = False
+    limits: LimitSettings | None = None
+    budget: KeyBudgetSettings | None = None
+
+    def check(self, now: float) -> None:
+        """Raise a 401 `Refusal` if it opens nothing at `now`, in Unix time."""
+        if self.disabled:
+            raise _unauthorized("key_disabled", f"the key {self.name!r} is disabled; ask whoever gave it out")
+        if self.expires_at is not None and now >= self.expires_at:
+            raise _unauthorized("key_expired", f"the key {self.name!r} has expired; ask for a new one")
+
+
+@attrs.frozen
+class Digest:
+    """What is kept of a secret: its keyed digest, and until when it opens anything, None for ever."""
+
+    digest: bytes
+    until: float | None = None
 
 
 class KeyRing:
     """
-    The keys of one configuration, as SHA-256 digests; the secrets themselves are not kept.
+    The keys that are known, by keyed digests (HMAC-SHA256); the secrets themselves are not kept.
 
-    An empty ring recognises nobody.
+    `digest_key` is the key of the digests.  `others` are those beside the configuration's, each with its
+    digests.  An empty ring recognises nobody.
     """
 
-    def __init__(self, keys: Iterable[KeySettings]) -> None:
-        self._buckets: dict[bytes, list[tuple[bytes, VirtualKey]]] = {}
+    def __init__(
+        self,
+        keys: Iterable[KeySettings],
+        digest_key: bytes = b"",
+        others: Iterable[tuple[VirtualKey, Iterable[Digest]]] = (),
+    ) -> None:
+        self._digest_key = digest_key
+        self._buckets: dict[bytes, list[tuple[Digest, VirtualKey]]] = {}
         for settings in keys:
-            digest = hashlib.sha256(settings.key.reveal().encode("ascii")).digest()
-            models = None if EVERY_MODEL in settings.models else frozenset(settings.models)
-            bucket = self._buckets.setdefault(digest[:_BUCKET_BYTES], [])
-            bucket.append((digest, VirtualKey(settings.name, models)))
+            self._add(settings.virtual, Digest(digest_of(settings.key.reveal(), digest_key)))
+        for key, digests in others:
+            for digest in digests:
+                self._add(key, digest)
 
-    def authenticate(self, secret: bytes) -> VirtualKey | None:
-        """Return the key whose secret this is, None if there is no such key."""
-        digest = hashlib.sha256(secret).digest()
+    def _add(self, key: VirtualKey, digest: Digest) -> None:
+        self._buckets.setdefault(digest.digest[:_BUCKET_BYTES], []).append((digest, key))
+
+    def authenticate(self, secret: bytes, now: float = 0.0) -> VirtualKey | None:
+        """Return the key whose secret this is at `now`, in Unix time; None if there is no such key."""
+        digest = hmac.digest(self._digest_key, secret, "sha256")
         for known, key in self._buckets.get(digest[:_BUCKET_BYTES], ()):
-            if hmac.compare_digest(known, digest):
-                return key
+            if hmac.compare_digest(known.digest, digest):
+                return key if known.until is None or now < known.until else None
         return None
+
+
+def digest_of(secret: str, digest_key: bytes) -> bytes:
+    """Return what is kept of a secret."""
+    return hmac.digest(digest_key, secret.encode("ascii"), "sha256")
 
 
 def allows(key: VirtualKey | None, *names: str) -> bool:
@@ -90,6 +154,16 @@ def allows(key: VirtualKey | None, *names: str) -> bool:
     key of nobody in a gateway that serves anybody, may use everything.
     """
     return key is None or key.models is None or not key.models.isdisjoint(names)
+
+
+def unheeded(terms: KeyTerms, where: str, extensions: Collection[str]) -> list[str]:
+    """Return complaints of terms that no extension would hold the key to; `where` is the key's path."""
+    needed = {"limits": "rate_limit", "budget": "budget"}
+    return [
+        f"{key_path(where, name)}: nobody would hold the key to it; add [extensions.{extension}]"
+        for name, extension in needed.items()
+        if getattr(terms, name) is not None and extension not in extensions
+    ]
 
 
 def check_distinct(keys: Mapping[str, KeySettings], complaints: list[str]) -> None:

@@ -30,16 +30,21 @@ REFRESH_SECONDS = 30.0
 PATIENCE_SECONDS = 0.5
 #: How long a store that failed is left alone.
 RETRY_SECONDS = 0.5
-#: How many notes are posted in one call.
+#: How many shares are told in one call.
 MOST_NOTES = 500
-#: How often a node says that it is there, and how long it counts as there after that.
+#: How often a node says that it is there, and how long after that it counts as dead at the latest.
 HEARTBEAT_SECONDS = 2.0
 ALIVE_SECONDS = 10.0
 
 #: A block is this part of a limit, or a single request that is larger.
 BLOCKS = 10
 
+#: A board that is kept no longer than this after its latest note is begun anew each day.
+SHORT_SECONDS = 3600.0
+
 _DAY_SECONDS = 86400
+#: A member is dead that was found to say nothing new this often; one time less, for heartbeats may be late.
+_MOST_SILENCES = int(ALIVE_SECONDS / HEARTBEAT_SECONDS) - 1
 
 #: What to do while the store is gone: go on with this node's part of each limit, or refuse.
 WithoutStore = Literal["local", "refuse"]
@@ -69,7 +74,8 @@ class Share(Protocol):
         """
         Take the notes of the other members, those of the dead included.
 
-        Called when all have heard the latest `note` of this one, and once before the first.
+        Called when all have heard the latest `note` of this one, and once before the first.  A member
+        that was there before is missing when the store lost its note, or when the board is a new one.
         """
 
 
@@ -79,32 +85,40 @@ class Lease:
 
     used: int = 0
     _said: int = 0
-    _heard: int = 0
+    #: The least that the others may know: what was said and not answered may have been heard or not.
+    _known: int = 0
 
     def say(self) -> int:
         """Return what is to be told now."""
         self._said = self.used
+        self._known = min(self._known, self.used)
         return self.used
 
     def was_heard(self) -> None:
         """Note that all know what was said last."""
-        self._heard = self._said
+        self._known = self._said
 
     @property
     def ahead(self) -> int:
         """What was used since."""
-        return self.used - self._heard
+        return self.used - self._known
 
     def covers(self, amount: int, limit: int) -> bool:
         """Say whether an amount may be used before the others hear of it: one request, or a block."""
-        return self.ahead <= 0 or self.ahead + amount <= limit // BLOCKS
+        ahead = self.used - self._known
+        return ahead <= 0 or ahead + amount <= limit // BLOCKS
+
+    def runs_low(self, limit: int) -> bool:
+        """Say whether half of it is gone, so that it had better be renewed at once."""
+        return 2 * (self.used - self._known) >= limit // BLOCKS
 
 
 class Leases:
     """
     The shares of one extension, told and heard through its namespace of the store.
 
-    `start` first and `stop` last.  `nodes` is how many are alive, this one included, as far as was heard.
+    `start` first and `stop` last.  `nodes` is how many are alive, this one included, as far as was heard;
+    nobody dies while nothing can be heard.
     """
 
     _log = Logger()
@@ -119,9 +133,9 @@ class Leases:
         self._shares: dict[bytes, Share] = {}
         self._changed: dict[bytes, Share] = {}
         self._found: dict[bytes, Mapping[bytes, bytes]] = {}
-        self._busy = False
+        self._busy = self._again = False
         self._began_at: float | None = None
-        self._failing = False
+        self._out_of_touch = False
         self._not_before = 0.0
         self._refreshed_at = clock.seconds()
         self._looking = LoopingCall(self._look)
@@ -131,47 +145,62 @@ class Leases:
     @property
     def nodes(self) -> int:
         """How many nodes are alive."""
-        return 1 + len(self._roster.alive())
+        return 1 + len(self._roster.alive)
 
     def alive(self) -> set[bytes]:
         """Return the other members that are alive."""
-        return self._roster.alive()
+        return self._roster.alive
+
+    @property
+    def found(self) -> list[bytes]:
+        """The keys of the boards that were there at the start and that no share has joined yet."""
+        return list(self._found)
 
     @property
     def in_touch(self) -> bool:
-        """Whether the store answered when it was last asked, and does not keep us waiting now."""
-        waited = 0.0 if self._began_at is None else self._clock.seconds() - self._began_at
-        return not self._failing and waited < PATIENCE_SECONDS
+        """Whether the store answered in time when it was last asked, and does not keep us waiting now."""
+        if self._out_of_touch:
+            return False
+        return self._began_at is None or self._clock.seconds() - self._began_at < PATIENCE_SECONDS
 
     async def start(self) -> None:
         """Read what is there; fails if the store does."""
         self._found = dict(await self._storage.boards(self._namespace))
+        self._roster.hear(self._found_of(self._roster))
         self._refreshed_at = self._clock.seconds()
-        self._looking.start(INTERVAL_SECONDS, now=False)
+        self._looking.start(INTERVAL_SECONDS)
 
     async def stop(self) -> None:
         """Tell what was not told yet, if the store takes it."""
         if self._looking.running:
             self._looking.stop()
         await self._exchange()
-        while self._changed and not self._failing:
+        while self._changed and not self._out_of_touch:
             await self._exchange()
 
     def join(self, share: Share) -> None:
         """Begin to tell and hear of a share; it hears at once what was there at the start."""
         self._shares[share.key] = share
-        share.hear(self._found.pop(share.key, {}))
+        share.hear(self._found_of(share))
         self.changed(share, urgent=True)
 
     def leave(self, share: Share) -> None:
-        """Say no more of a share, and hear no more."""
+        """Tell what is untold of a share, and then say and hear no more of it."""
         self._shares.pop(share.key, None)
-        self._changed.pop(share.key, None)
 
     def changed(self, share: Share, *, urgent: bool = False) -> None:
-        """Have a share told soon; `urgent` is at once, unless the store is busy with us already."""
+        """Have a share told soon; `urgent` is at once, or when the exchange is over that goes on."""
         self._changed[share.key] = share
-        if urgent and not self._busy and not self._failing and self._looking.running:
+        if urgent:
+            self._hurry()
+
+    def _found_of(self, share: Share) -> Mapping[bytes, bytes]:
+        return self._others_on([self._found.pop(place, {}) for place in self._places(share)])
+
+    def _hurry(self) -> None:
+        if self._busy:
+            self._again = True
+        elif self._looking.running and not self._out_of_touch:
             self._busy = True
             self._clock.callLater(0, self._begin)
 
@@ -182,80 +211,113 @@ class Leases:
         if self._busy or now < self._not_before:
             return
         if now - self._refreshed_at >= REFRESH_SECONDS:
-            self._refreshed_at = now
-            self._changed.update(self._shares)
-        if self._roster.is_due(now):
+            self._tell_all()
+        if self._out_of_touch or self._roster.is_due(now):
             self._changed[self._roster.key] = self._roster
         if self._changed:
             self._begin()
 
+    def _tell_all(self) -> None:
+        self._refreshed_at = self._clock.seconds()
+        self._changed.update(self._shares)
+
     def _begin(self) -> None:
-        self._busy = True
-        Deferred.fromCoroutine(self._exchange())
+        self._busy = self._looking.running
+        if self._busy:
+            Deferred.fromCoroutine(self._exchange())
 
     async def _exchange(self) -> None:
         await self._lock.acquire()
-        self._began_at = self._clock.seconds()
         batch = dict(islice(self._changed.items(), MOST_NOTES))
         for key in batch:
             del self._changed[key]
+        self._again = len(batch) == MOST_NOTES
+        self._began_at = self._clock.seconds()
         try:
-            for ttl_seconds in {share.ttl_seconds for share in batch.values()}:
+            for ttl_seconds in dict.fromkeys(share.ttl_seconds for share in batch.values()):
                 await self._post([s for s in batch.values() if s.ttl_seconds == ttl_seconds], ttl_seconds)
         except Exception as error:
             self._changed = {**batch, **self._changed}
             self._failed(error)
         else:
-            self._succeeded()
+            if batch:
+                self._answered(self._clock.seconds() - self._began_at)
         finally:
             self._began_at, self._busy = None, False
             self._lock.release()
+        if self._again:
+            self._hurry()
 
     async def _post(self, shares: list[Share], ttl_seconds: float | None) -> None:
-        notes = {share.key: share.note() for share in shares}
+        places = [(share, self._places(share)) for share in shares]
+        notes = {place: note for share, mine in places for note in [share.note()] for place in mine}
         boards: Boards = await self._storage.post(self._namespace, self._member, notes, ttl_seconds)
-        for share in shares:
-            board = boards[share.key]
-            share.hear({member: note for member, note in board.items() if member != self._member})
+        for share, mine in places:
+            share.hear(self._others_on([boards[place] for place in mine]))
 
-    def _succeeded(self) -> None:
-        if self._failing:
-            self._failing = False
+    def _places(self, share: Share) -> list[bytes]:
+        """
+        Return on which boards a share is told.
+
+        One that somebody posts on all the time never expires, and would hold the notes of the dead of
+        years; so there is one a day, and two around midnight, for clocks differ.
+        """
+        ttl = share.ttl_seconds
+        if ttl is None or ttl > SHORT_SECONDS:
+            return [share.key]
+        now = self._clock.seconds()
+        days = {int((now + each) // _DAY_SECONDS) for each in (-ttl, ttl)}
+        return [b"%d %s" % (day, share.key) for day in sorted(days)]
+
+    def _others_on(self, boards: list[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
+        """Return what the others say, on the latest board where they say something."""
+        return {m: note for board in boards for m, note in board.items() if m != self._member}
+
+    def _answered(self, waited_seconds: float) -> None:
+        if waited_seconds >= PATIENCE_SECONDS:
+            self._lose_touch(f"it took {waited_seconds:.1f} s to answer")
+        elif self._out_of_touch:
+            self._out_of_touch = False
+            # It may have lost what it had.
+            self._tell_all()
+            self._again = True
             self._log.info("{namespace}: the store answers again", namespace=self._namespace)
 
     def _failed(self, error: Exception) -> None:
         self._not_before = self._clock.seconds() + RETRY_SECONDS
-        if not self._failing:
-            self._failing = True
+        self._lose_touch(str(error) or type(error).__name__)
+
+    def _lose_touch(self, why: str) -> None:
+        if not self._out_of_touch:
             self._log.error(
-                "{namespace}: the store does not answer: {error!r}; going on with what is known",
+                "{namespace}: out of touch with the store: {why}; going on with what is known",
                 namespace=self._namespace,
-                error=error,
+                why=why,
             )
+        self._out_of_touch = True
 
 
 class _Roster:
-    """Which other nodes are alive: those whose heartbeat was seen to change lately, by this one's clock."""
+    """
+    Which other nodes are alive: those whose heartbeat was seen to change lately.
 
-    ttl_seconds: float | None = 2 * _DAY_SECONDS
+    Lately is counted in looks at the board, one each heartbeat: while the store is gone, nobody dies.
+    """
+
+    key = b"nodes"
+    ttl_seconds: float | None = 120.0
 
     def __init__(self, clock: IReactorTime) -> None:
+        self.alive: set[bytes] = set()
         self._clock = clock
         self._beats = 0
         self._beat_at: float | None = None
-        self._seen: dict[bytes, tuple[bytes, float]] = {}
-
-    @property
-    def key(self) -> bytes:
-        # A board a day, so that the dead of years are not read for ever.
-        return b"nodes %d" % (self._clock.seconds() // _DAY_SECONDS)
+        self._looked_at = clock.seconds()
+        #: The last heartbeat of each, and how often nothing newer was found.
+        self._seen: dict[bytes, tuple[bytes, int]] = {}
 
     def is_due(self, now: float) -> bool:
         return self._beat_at is None or now - self._beat_at >= HEARTBEAT_SECONDS
-
-    def alive(self) -> set[bytes]:
-        since = self._clock.seconds() - ALIVE_SECONDS
-        return {member for member, (_, seen_at) in self._seen.items() if seen_at >= since}
 
     def note(self) -> bytes:
         self._beats += 1
@@ -263,9 +325,16 @@ class _Roster:
         return b"%d" % self._beats
 
     def hear(self, others: Mapping[bytes, bytes]) -> None:
-        now = self._clock.seconds()
-        for member, beat in others.items():
-            last, _ = self._seen.get(member, (None, 0.0))
-            if beat != last:
-                self._seen[member] = (beat, now)
-        self._seen = {member: self._seen[member] for member in others if member in self._seen}
+        now, seen = self._clock.seconds(), {}
+        look = now - self._looked_at >= HEARTBEAT_SECONDS
+        if look:
+            self._looked_at = now
+        for member in {*self._seen, *others}:
+            last, silences = self._seen.get(member, (b"", 0))
+            beat = others.get(member, last)
+            silences = silences + look if beat == last else 0
+            # The dead are remembered while their note is there, or it would look like news.
+            if member in others or silences < _MOST_SILENCES:
+                seen[member] = (beat, silences)
+        self._seen = seen
+        self.alive = {member for member, (_, silences) in seen.items() if silences < _MOST_SILENCES}

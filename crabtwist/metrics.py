@@ -53,6 +53,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self.active = Gauge("crabtwist_active_connections", "Requests being answered.", registry=registry)
+        self.open_streams = Gauge("crabtwist_open_streams", "Streams being relayed.", registry=registry)
         self._duration = Histogram(
             "crabtwist_request_duration_seconds",
             "Time from the request's arrival to the end of its answer.",
@@ -67,50 +69,22 @@ class Metrics:
             registry=registry,
             buckets=FIRST_BYTE_BUCKETS,
         )
-        self._tokens = Counter(
-            "crabtwist_tokens",
-            "Tokens, by direction: prompt or completion.",
-            ["provider", "model", "direction"],
-            registry=registry,
-        )
-        self._cost = Counter(
-            "crabtwist_cost_dollars",
-            "What requests cost, as far as prices are known; the ledger has it exactly.",
-            ["provider", "model"],
-            registry=registry,
-        )
-        self.active = Gauge("crabtwist_active_connections", "Requests being answered.", registry=registry)
-        self.open_streams = Gauge("crabtwist_open_streams", "Streams being relayed.", registry=registry)
-        self._ends = Counter(
-            "crabtwist_requests",
-            "Ended requests, by who ended them and why.",
-            ["ended_by", "reason"],
-            registry=registry,
-        )
-        self._retries = Counter(
-            "crabtwist_retries",
-            "Attempts repeated at the same deployment, by what had gone wrong.",
-            ["provider", "error"],
-            registry=registry,
-        )
-        self._fallbacks = Counter(
-            "crabtwist_fallbacks",
-            "Attempts that went on to another deployment, by what had gone wrong.",
-            ["provider", "error"],
-            registry=registry,
-        )
-        self._refusals = Counter(
-            "crabtwist_refusals",
-            "Requests that the gateway itself refused.",
-            ["reason"],
-            registry=registry,
-        )
-        self._stale = Counter(
-            "crabtwist_stale_connections",
-            "Kept upstream connections that turned out to be dead; the request went out on a fresh one.",
-            ["provider"],
-            registry=registry,
-        )
+        count = self._counter
+        self._tokens = count("tokens", "Tokens: prompt or completion.", "provider", "model", "direction")
+        what = "What requests cost, as far as prices are known; the ledger has it exactly."
+        self._cost = count("cost_dollars", what, "provider", "model")
+        self._ends = count("requests", "Ended requests, by who ended them and why.", "ended_by", "reason")
+        what = "Attempts repeated at the same deployment, by what had gone wrong."
+        self._retries = count("retries", what, "provider", "error")
+        what = "Attempts that went on to another deployment, by what had gone wrong."
+        self._fallbacks = count("fallbacks", what, "provider", "error")
+        self._refusals = count("refusals", "Requests that the gateway itself refused.", "reason")
+        self._cache_hits = count("cache_hits", "Requests that were given another's answer.", "model")
+        what = "Kept upstream connections that turned out to be dead; the request went out on a fresh one."
+        self._stale = count("stale_connections", what, "provider")
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"crabtwist_{name}", what, labels, registry=self.registry)
 
     def show(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Add a gauge `crabtwist_NAME` that `read` is asked for whenever somebody looks."""
@@ -145,6 +119,8 @@ class Metrics:
         self._duration.labels(provider, model, status_class(outcome.status), stream).observe(
             outcome.duration_seconds
         )
+        if outcome.cache_hit:
+            self._cache_hits.labels(model).inc()
         if outcome.first_byte_seconds is not None:
             self._first_byte.labels(provider, model, stream).observe(outcome.first_byte_seconds)
         if outcome.cost:

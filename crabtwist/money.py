@@ -28,7 +28,7 @@ class Rates:
     reasoning: int
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class PriceRow:
     """
     What one model costs.
@@ -43,7 +43,7 @@ class PriceRow:
     rates: Rates
     long_above: int | None = None
     long_rates: Rates | None = None
-    tool_calls: Mapping[str, int] = attrs.field(factory=dict)
+    tool_calls: Mapping[str, int] = attrs.field(factory=dict, hash=False)
 
     def rates_for(self, prompt_tokens: int) -> Rates:
         """Return the rates of a request with a prompt of this size."""

@@ -21,12 +21,14 @@ from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from crabtwist.administration import Administration
 from crabtwist.attempt import Patience
 from crabtwist.bookkeeping import Bookkeeping
 from crabtwist.config import Config
+from crabtwist.discovery import Makers
 from crabtwist.errors import ConfigurationError, Refusal
 from crabtwist.gateway import Gateway
-from crabtwist.generation import Generation, Services
+from crabtwist.generation import Generation, Services, key_ring
 from crabtwist.health import Health
 from crabtwist.hooks import Hooks
 from crabtwist.http_reader import HTTPLimits
@@ -62,6 +64,7 @@ class Node(Service):
         *,
         directory: Path,
         load: Callable[[], Config],
+        makers: Makers,
         start_failed: Callable[[], object],
     ) -> None:
         self.started: Deferred[list[IListeningPort]] = Deferred()
@@ -74,6 +77,7 @@ class Node(Service):
         self._services = Services(clock=reactor, directory=directory)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
         self._services.storage = self._storage
+        self._administration = Administration(config, makers, self._storage, reactor, directory)
         self._storage_is_open = self._books_are_open = False
         self._books = self._make_books(config, metrics)
         self._extensions = [each.maker.make(each.settings, self._services) for each in config.extensions]
@@ -95,14 +99,22 @@ class Node(Service):
         if config.ledger is None:
             return None
         ledger = config.ledger.maker.make(config.ledger.settings, self._services)
-        books = Bookkeeping(ledger, self._reactor, self._services.directory)
+        common = config.ledger.common
+        books = Bookkeeping(
+            ledger,
+            self._reactor,
+            self._services.directory / common.journal,
+            journal_max_bytes=common.journal_max_bytes,
+            keep_days=common.keep_days,
+            keep_records=common.keep_records,
+        )
         books.show_in(metrics)
         return books
 
     def _factory(self) -> GatewayFactory:
-        admission = Admission(self.gateway)
+        admission = Admission(self.gateway, self._config.admin_token)
         return GatewayFactory(
-            make_app(self.gateway).resource(),
+            make_app(self.gateway, self._extensions).resource(),
             reactor=self._reactor,
             limits=_http_limits(self._config),
             admit=admission,
@@ -128,6 +140,10 @@ class Node(Service):
     async def _start(self) -> list[IListeningPort]:
         await self._storage.open()
         self._storage_is_open = True
+        await self._administration.start()
+        self._serve(self._generate(self._config))
+        self._administration.keys_changed = self._apply_keys
+        self._administration.providers_changed = self._apply_providers
         if self._books is not None:
             await self._books.start()
             self._books_are_open = True
@@ -152,7 +168,7 @@ class Node(Service):
         """Read the configuration again: swap models, keys and aliases at once, or keep the old ones."""
         try:
             config = self._load()
-            generation = Generation(config, self._reactor, self.gateway.metrics, self._services.directory)
+            generation = self._generate(config)
         except ConfigurationError as error:
             self._log.error(
                 "the configuration was not reloaded; the old one stays: {complaints}",
@@ -160,13 +176,43 @@ class Node(Service):
             )
             return
         self._tell_what_stays(config)
-        generation.start()
-        old, self._generation = self._generation, generation
+        self._administration.config = config
+        self._replace(generation)
+        self._log.info("reloaded: {models}", models=generation.registry.names())
+
+    def _apply_keys(self) -> None:
+        """Admit by the keys as they are now, made here or on another node."""
+        config = self._administration.config
+        self.gateway.keys = None if config.allow_anonymous else key_ring(config, self._administration.made())
+        self._log.info("keys changed")
+
+    def _apply_providers(self) -> None:
+        """Serve what the providers as they are now serve, made here or on another node."""
+        try:
+            generation = self._generate(self._administration.config)
+        except ConfigurationError as error:
+            self._log.error(
+                "providers changed, and are not served: {complaints}", complaints=error.complaints
+            )
+            return
+        self._replace(generation)
+        self._log.info("providers changed; serving {models}", models=generation.registry.names())
+
+    def _generate(self, config: Config) -> Generation:
+        made = self._administration.made()
+        return Generation(config, self._reactor, self.gateway.metrics, self._services.directory, made)
+
+    def _serve(self, generation: Generation) -> None:
+        self._generation = generation
         self.gateway.registry, self.gateway.keys = generation.registry, generation.keys
+
+    def _replace(self, generation: Generation) -> None:
+        generation.start()
+        old = self._generation
+        self._serve(generation)
         retiring = self.gateway.when_unused(old.registry)
         retiring.addCallback(lambda _: Deferred.fromCoroutine(old.stop()))
         retiring.addErrback(lambda failure: self._log.failure("retiring providers failed", failure))
-        self._log.info("reloaded: {models}", models=generation.registry.names())
 
     def _tell_what_stays(self, config: Config) -> None:
         """Name what the file says anew and only a restart brings about."""
@@ -195,6 +241,7 @@ class Node(Service):
             await self._listener.drain(LAST_WORDS_SECONDS)
         self._listener.abort_all()
         await self._listener.stopService()
+        self._administration.stop()
         await self._generation.stop()
         stopping = [
             maybeDeferred(extension.stopService)

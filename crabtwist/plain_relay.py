@@ -113,4 +113,4 @@ class PlainRelay(Relay):
             self._sink.finish()
         elif end is not CLIENT_LEFT:
             # No word can be said in the middle of a JSON document; only a cut is honest.
-            self._sink.abort()
+            self._sink.abort(end.error)

@@ -97,6 +97,11 @@ class PriceBook:
         priced = receipt(usage, row, self, vendor)
         return row, None if priced.unpriced else priced.total
 
+    def named_in(self, usage: Usage, vendor: str) -> dict[str, PriceRow]:
+        """Return the rows of the models that a usage's iterations name, as far as there are any."""
+        found = {model: self.find(vendor, model) for model, _ in _iterations(usage) if model}
+        return {model: row for model, row in found.items() if row is not None}
+
     def _agreed(self, model: str) -> PriceRow | None:
         rows = self._by_model.get(model, [])
         return rows[0] if rows and all(row.rates == rows[0].rates for row in rows) else None
@@ -121,6 +126,27 @@ def receipt(usage: Usage, row: PriceRow | None, book: PriceBook, vendor: str) ->
         _tokens(counted, book.find(vendor, model) if model else row, model) for model, counted in iterations
     ]
     return Receipt.sum([*parts, _tool_calls(usage, row)])
+
+
+def reserve_cost(row: PriceRow, prompt_tokens: int, output_tokens: int) -> int:
+    """Return what so many tokens cost at most, in picodollars: each at the dearest rate that it may have."""
+    prompt, output = _dearest(row, prompt_tokens)
+    return prompt_tokens * prompt + output_tokens * output
+
+
+def reserved_lines(row: PriceRow, prompt_tokens: int, output_tokens: int) -> tuple[Line, ...]:
+    """Return the lines of `reserve_cost`."""
+    prompt, output = _dearest(row, prompt_tokens)
+    lines = (
+        Line(row.model, "input, estimated", prompt_tokens, prompt),
+        Line(row.model, "output, estimated", output_tokens, output),
+    )
+    return tuple(line for line in lines if line.count)
+
+
+def _dearest(row: PriceRow, prompt_tokens: int) -> tuple[int, int]:
+    rates = row.rates_for(prompt_tokens)
+    return max(rates.input, rates.cache_write, rates.cache_write_1h), max(rates.output, rates.reasoning)
 
 
 def _tokens(usage: Usage, row: PriceRow | None, model: str) -> Receipt:

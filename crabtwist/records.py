@@ -10,6 +10,7 @@ know are passed over, and missing ones have their defaults.
 from __future__ import annotations
 
 from datetime import date
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -27,6 +28,8 @@ LONGEST_TEXT = 1000
 #: A vendor's usage object that is longer is not kept: a part of it would be no JSON.
 LONGEST_RAW_USAGE = 65536
 MOST_TOOLS = 64
+#: Models that answered a part of a request each, beside the one that answered it; mostly there is none.
+MOST_OTHER_MODELS = 16
 
 #: The `reason` of a request that was under way when the process died.
 INTERRUPTED = "interrupted"
@@ -68,7 +71,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Times are Unix time in microseconds; `first_byte_at` is None when no byte of a body was sent.  `usage`
     is None when nothing is known.  `cost` is in picodollars, None when the price is unknown, and
-    `price_row` the row of the price list that it was made with, None if there was none.  With `estimated`
+    `price_row` the row of the price list that it was made with, None if there was none; `other_price_rows`
+    are those of the models that `usage.raw` names for parts of the answer, by these names.  With `estimated`
     usage and cost are not what was reported but the most that was to be expected.  The other fields are
     those of `crabtwist.values.Context` and `Outcome`.
     """
@@ -94,6 +98,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Tokens | None = None
     cost: int | None = None
     price_row: dict[str, Any] | None = None
+    other_price_rows: dict[str, dict[str, Any]] = {}
     cache_hit: bool = False
     bytes_in: int = 0
     bytes_out: int = 0
@@ -103,6 +108,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def price(self) -> PriceRow | None:
         """The price row as a value, for a receipt.  Raises `msgspec.ValidationError` if it is none."""
         return None if self.price_row is None else msgspec.convert(self.price_row, PriceRow)
+
+    @property
+    def other_prices(self) -> dict[str, PriceRow]:
+        """The other price rows as values.  Raises `msgspec.ValidationError` if one is none."""
+        return {model: msgspec.convert(row, PriceRow) for model, row in self.other_price_rows.items()}
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -205,7 +215,12 @@ def record_of(context: Context, outcome: Outcome) -> Record:
         message=None if outcome.message is None else _kept(outcome.message),
         usage=None if outcome.usage is None else _tokens(outcome.usage),
         cost=outcome.cost,
-        price_row=None if outcome.price is None else attrs.asdict(outcome.price),
+        price_row=None if outcome.price is None else _row(outcome.price),
+        other_price_rows={
+            model: _row(price)
+            for model, price in islice(outcome.other_prices.items(), MOST_OTHER_MODELS)
+            if len(model) <= LONGEST_TEXT
+        },
         cache_hit=outcome.cache_hit,
         bytes_in=outcome.bytes_in,
         bytes_out=outcome.bytes_out,
@@ -228,7 +243,7 @@ def reservation_of(
         prompt_tokens=prompt_tokens,
         max_completion_tokens=max_completion_tokens,
         estimated_cost=estimated_cost,
-        price_row=None if price is None else attrs.asdict(price),
+        price_row=None if price is None else _row(price),
     )
 
 
@@ -267,6 +282,12 @@ def _who_and_what(context: Context) -> dict[str, Any]:
         "upstream_model": context.upstream_model,
         "stream": context.stream,
     }
+
+
+@lru_cache(1024)
+def _row(price: PriceRow) -> dict[str, Any]:
+    # The same few rows, again and again.
+    return attrs.asdict(price)
 
 
 def _attempt(attempt: AttemptMade) -> Attempt:

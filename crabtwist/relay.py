@@ -31,11 +31,14 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """Send some of the body."""
 
-    def finish(self) -> None:
-        """End the answer as a whole one."""
+    def remark(self, data: bytes) -> None:
+        """Send the gateway's own words: they are no part of the upstream's answer."""
 
-    def abort(self) -> None:
-        """End the connection so that the answer cannot be taken for a whole one."""
+    def finish(self, error: UpstreamError | None = None) -> None:
+        """End the answer as a whole one, or, with an error, as one that has said itself that it is not."""
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """End the connection so that the answer cannot be taken for a whole one; `error` says why."""
 
     def brake(self, producer: object) -> None:
         """Let the client's connection pause, resume and stop `producer` (an `IPushProducer`)."""
@@ -273,7 +276,10 @@ class Relay:
 
 
 def broken(failure: Failure) -> End:
-    """Return the end of an answer whose connection broke."""
+    """Return the end of an answer whose connection broke; what is shared breaks for all as for the first."""
+    if isinstance(failure.value, AnswerBroken):
+        said = failure.value
+        return End("gateway" if isinstance(said, IdleTimedOut) else "upstream", said.slug, said)
     error = AnswerBroken(
         f"the upstream's answer broke off: {failure.getErrorMessage() or type(failure.value).__name__}"
     )

@@ -91,6 +91,11 @@ class Segments:
         return next(iter(self._sizes))
 
     @property
+    def end(self) -> Place:
+        """The place after all that was written."""
+        return Place(self.last, self._sizes[self.last])
+
+    @property
     def last_written_at(self) -> float:
         """When the newest of the old segments was last written to, in Unix time; 0.0 if there is none."""
         return max((self._path(n).stat().st_mtime for n in self._sizes if n != self.last), default=0.0)

@@ -32,6 +32,7 @@ ONE_IS_ENOUGH: Final[Mapping[str, bool]] = MappingProxyType({"crabtwist.one_is_e
 LONGEST_WORD = 64
 LONGEST_MODEL_NAME = 256
 LONGEST_CREDENTIAL_BYTES = 1024
+LEAST_SECRET_KEY_LETTERS = 32
 
 _LARGEST_INTEGER = 2**63 - 1
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
@@ -190,6 +191,10 @@ header_word = _rule(
     f"must be 1 to {LONGEST_CREDENTIAL_BYTES} visible ASCII characters, without spaces or newlines",
     _is_header_word,
 )
+long_enough = _rule(
+    f"must be at least {LEAST_SECRET_KEY_LETTERS} random letters",
+    lambda value: len(_text(value)) >= LEAST_SECRET_KEY_LETTERS,
+)
 
 
 def fault_in(validator: Validator, value: object) -> str | None:
@@ -271,7 +276,8 @@ def _value(hint: object, value: object, path: str, complaints: list[str]) -> obj
         return UNUSABLE
     origin = get_origin(hint)
     if origin in (Union, UnionType):
-        return _value(_without_none(hint), value, path, complaints)
+        # TOML has no null; JSON's is what a key that was left out is.
+        return None if value is None else _value(_without_none(hint), value, path, complaints)
     if origin is Literal:
         return _choice(get_args(hint), value, path, complaints)
     if origin is tuple:
@@ -368,6 +374,7 @@ _TYPE_WORDS: Mapping[object, str] = {
     tuple: "an array",
     dict: "a table",
     Mapping: "a table",
+    NoneType: "null",
 }
 
 

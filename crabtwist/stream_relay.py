@@ -150,16 +150,16 @@ class StreamRelay(EventStream, Relay):
             self._sink.write(self.rest())
             self._sink.finish()
         elif end is CLIENT_STALLED or not self.between_events:
-            self._sink.abort()
+            self._sink.abort(end.error)
         else:
             self._say_why(end.error)
-            self._sink.finish()
+            self._sink.finish(end.error)
 
     def _say_why(self, error: UpstreamError | None) -> None:
         """Tell the client that no more will come, unless the upstream has told it already."""
         if self._reader.error is None and error is not None and self._sink is not None:
             message = f"{error.message} [{error.slug}]"
-            self._sink.write(self._dialect.error_event(error.status, error.slug, message, self._request_id))
+            self._sink.remark(self._dialect.error_event(error.status, error.slug, message, self._request_id))
 
     # Silence.
 
@@ -181,4 +181,4 @@ class StreamRelay(EventStream, Relay):
         due = now >= self._said_at + self._limits.ping_seconds
         if self._sink is not None and due and self.between_events and "client" not in self._paused_by:
             self._said_at = now
-            self._sink.write(self._dialect.keep_alive)
+            self._sink.remark(self._dialect.keep_alive)

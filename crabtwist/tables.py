@@ -11,6 +11,7 @@ from crabtwist.settings import (
     ONE_IS_ENOUGH,
     Secret,
     header_word,
+    long_enough,
     model_name,
     not_blank,
     not_empty,
@@ -58,6 +59,30 @@ class ProviderSettings:
     connection_wait: float = attrs.field(default=10.0, validator=not_negative)
 
 
+#: A journal that is smaller would have no room for what runs at once.
+LEAST_JOURNAL_BYTES = 2**20
+
+
+def _roomy(_instance: object, _attribute: object, value: int) -> None:
+    if value < LEAST_JOURNAL_BYTES:
+        raise ValueError(f"must be {LEAST_JOURNAL_BYTES} or more")
+
+
+@attrs.frozen(kw_only=True)
+class LedgerSettings:
+    """
+    The keys that `[ledger]` may have whatever its kind, unless that is "none".
+
+    `journal` is the folder of what no ledger has confirmed yet, from the configuration's folder on.  Records
+    older than `keep_days`, and those beyond the newest `keep_records`, are forgotten; 0 keeps all.
+    """
+
+    journal: str = attrs.field(default="crabtwist-journal", validator=not_blank)
+    journal_max_bytes: int = attrs.field(default=268435456, validator=_roomy)
+    keep_days: int = attrs.field(default=400, validator=not_negative)
+    keep_records: int = attrs.field(default=10000000, validator=not_negative)
+
+
 @attrs.frozen(kw_only=True)
 class GatewaySettings:
     """
@@ -69,7 +94,8 @@ class GatewaySettings:
     long a stream's head waits for its first event; `ping_seconds` the silence after which a stream is
     kept alive.  Extensions are shown plain answers of up to `max_answer_copy_bytes`.  After
     `cooldown_failures` failures in a row a deployment is asked last for `cooldown_seconds`.
-    `allow_anonymous` serves everybody, and excludes keys.
+    `allow_anonymous` serves everybody, and excludes keys.  `secret_key` protects what the admin API keeps in
+    the store; without one nothing can be made there.
     """
 
     listen: tuple[str, ...] = attrs.field(
@@ -78,6 +104,7 @@ class GatewaySettings:
         metadata=ONE_IS_ENOUGH,
     )
     admin_token: Secret | None = attrs.field(default=None, validator=header_word)
+    secret_key: Secret | None = attrs.field(default=None, validator=long_enough)
     allow_anonymous: bool = False
     shutdown_timeout: float = attrs.field(default=30.0, validator=not_negative)
     hook_timeout: float = attrs.field(default=10.0, validator=positive)

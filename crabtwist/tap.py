@@ -15,7 +15,7 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python import usage
 
-from crabtwist.config import Config, load
+from crabtwist.config import NO_LEDGER, Config, load
 from crabtwist.discovery import discover
 from crabtwist.errors import ConfigurationError
 from crabtwist.first_start import welcome, write_first_config
@@ -86,6 +86,7 @@ def make_node(options: Options, reactor: Any, environ: Mapping[str, str]) -> Nod
         endpoints,
         directory=path.parent,
         load=lambda: load(path, environ, makers),
+        makers=makers,
         start_failed=lambda: _end_with_failure(reactor),
     )
     if options["check"]:
@@ -125,6 +126,7 @@ def _report(config: Config, listen: Sequence[str]) -> NoReturn:
     lines += [f"key {key.name}: {', '.join(key.models)}" for key in config.keys]
     lines += [f"extension {extension.name}" for extension in config.extensions]
     lines.append(f"storage {config.storage.kind}")
+    lines.append(f"ledger {NO_LEDGER if config.ledger is None else config.ledger.kind}")
     print("\n".join(lines))  # noqa: T201 - this is the option's purpose
     raise SystemExit(0)
 

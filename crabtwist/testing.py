@@ -167,11 +167,13 @@ class FakeSink:
         assert not (self.finished or self.aborted), "written to after its end"
         self.data += data
 
-    def finish(self) -> None:
-        """Remember that the answer ended as a whole one."""
+    remark = write
+
+    def finish(self, error: UpstreamError | None = None) -> None:  # noqa: ARG002 - the contract's
+        """Remember that the answer ended, as a whole one or in words."""
         self.finished = True
 
-    def abort(self) -> None:
+    def abort(self, error: UpstreamError | None = None) -> None:  # noqa: ARG002 - the contract's
         """Remember that the answer was cut."""
         self.aborted = True
 

@@ -13,6 +13,7 @@ from typing import Literal
 import attrs
 
 from crabtwist.money import PriceRow
+from crabtwist.terms import KeyBudgetSettings, LimitSettings
 
 #: What a token takes in a request's body, on the average.
 BYTES_PER_TOKEN = 4
@@ -107,6 +108,8 @@ class Context:
     name of the virtual key.  `started_at` is Unix time in seconds.  `provider` and `upstream_model` are
     those of the *current attempt* ("" before the first), so that labels and prices name who really
     answers.  `max_tokens` is the client's own bound, None if it set none; `body_bytes` is the request's size.
+    `limits` and `budget` are the key's own, None where it has none.
+    `query` and `headers` are the client's, as they go upstream: no credentials, no cookies.
     `prices` are the rows of all deployments that may answer, None for one whose price nobody knows.
     `answer_headers` are for extensions to fill: fields, by lower-case name, that the answer will carry,
     whoever makes it, in place of the upstream's of that name.
@@ -124,6 +127,10 @@ class Context:
     provider: str = ""
     upstream_model: str = ""
     body_bytes: int = 0
+    limits: LimitSettings | None = None
+    budget: KeyBudgetSettings | None = None
+    query: bytes = b""
+    headers: Headers = attrs.field(default=(), repr=False)
     prices: tuple[PriceRow | None, ...] = ()
     answer_headers: dict[str, str] = attrs.field(factory=dict)
 
@@ -153,7 +160,8 @@ class Outcome:
     it to people.  `usage` is None when nothing is known.  `model_answered` is the model's name in the
     answer, None if it said none.  Times are seconds from the request's start; `first_byte_seconds` is None
     when no byte of a body was sent.  `bytes_in` and `bytes_out` count bodies only.  `cost` is in picodollars,
-    None where the usage or a price is unknown; `price` is the row of the model that answered.
+    None where the usage or a price is unknown; `price` is the row of the model that answered, and
+    `other_prices` those of the models that the usage names for parts of the answer.
     """
 
     status: int
@@ -170,6 +178,25 @@ class Outcome:
     cache_hit: bool = False
     cost: int | None = None
     price: PriceRow | None = None
+    other_prices: Mapping[str, PriceRow] = MappingProxyType({})
+
+
+@attrs.frozen
+class AdminAction:
+    """
+    One thing that somebody did to the gateway itself, or tried to, and not through it.
+
+    `at` is Unix time in seconds.  `actor` names who it was, and `target` what it was done to ("" for the
+    gateway as a whole); `action` is a word of whoever tells of it, such as "keys.create".  `detail` says
+    more to people.  None of them holds a secret: they are written down.
+    """
+
+    at: float
+    actor: str
+    action: str
+    target: str
+    outcome: Literal["done", "refused", "failed"]
+    detail: str = ""
 
 
 @attrs.frozen

@@ -8,9 +8,14 @@ never forgotten early, so nobody gets two minutes' worth around a minute's edge.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from heapq import merge
 from math import ceil
 
 MINUTE_SECONDS = 60
+
+#: The cells that are told to other nodes are this wide.
+COARSE_SECONDS = 5
 
 
 class SlidingMinute:
@@ -18,18 +23,22 @@ class SlidingMinute:
     What was used in the last minute, in cells of a second.
 
     A cell is forgotten when its youngest amount is a minute old, so an amount counts for sixty seconds, and
-    for one more at the most.  `now` is in seconds and does not fall.
+    for one more at the most.  `now` is in seconds and does not fall.  `cells` are seconds and amounts, in
+    any order, to begin with.
     """
 
-    __slots__ = ("_cells", "used")
+    __slots__ = ("cells", "used")
 
-    def __init__(self) -> None:
-        self.used = 0
-        self._cells: deque[list[int]] = deque()
+    def __init__(self, cells: Iterable[tuple[int, int]] = ()) -> None:
+        amounts: dict[int, int] = {}
+        for second, amount in cells:
+            amounts[second] = amounts.get(second, 0) + amount
+        self.used = sum(amounts.values())
+        self.cells: deque[list[int]] = deque([second, amounts[second]] for second in sorted(amounts))
 
     def at(self, now: float) -> int:
         """Forget what is old; return what is used."""
-        cells = self._cells
+        cells = self.cells
         while cells and cells[0][0] <= now - MINUTE_SECONDS - 1:
             self.used -= cells.popleft()[1]
         return self.used
@@ -38,27 +47,46 @@ class SlidingMinute:
         """Use an amount; returns the cell that it is in, for `correct`."""
         self.at(now)
         second = int(now)
-        if self._cells and self._cells[-1][0] >= second:
-            self._cells[-1][1] += amount
+        if self.cells and self.cells[-1][0] >= second:
+            self.cells[-1][1] += amount
         else:
-            self._cells.append([second, amount])
+            self.cells.append([second, amount])
         self.used += amount
-        return self._cells[-1][0]
+        return self.cells[-1][0]
 
-    def correct(self, cell: int, change: int) -> None:
-        """Change an amount that was used before; of what is forgotten, nothing."""
-        for each in self._cells:
+    def correct(self, cell: int, change: int) -> int:
+        """Change an amount that was used before; of what is forgotten, nothing.  Returns the change made."""
+        for each in self.cells:
             if each[0] == cell:
                 each[1] += change
                 self.used += change
-                return
+                return change
+        return 0
 
-    def wait_seconds(self, now: float, room: int) -> int:
-        """Return in how many whole seconds no more than `room` is used; 0 for now."""
-        left = self.at(now)
-        for second, amount in self._cells:
-            if left <= room:
+    def coarse(self, now: float) -> list[tuple[int, int]]:
+        """Return what is used in wider cells, whoever makes a window of which forgets later, not earlier."""
+        self.at(now)
+        amounts: dict[int, int] = {}
+        for second, amount in self.cells:
+            if amount:
+                last = second + -second % COARSE_SECONDS
+                amounts[last] = amounts.get(last, 0) + amount
+        return list(amounts.items())
+
+    def wait_seconds(self, now: float, room: int, others: SlidingMinute | None = None) -> int:
+        """Return in how many whole seconds no more than `room` is used, here and there; 0 for now."""
+        used = self.at(now)
+        if others is not None:
+            used += others.at(now)
+        if used <= room:
+            return 0
+        cells: Iterable[list[int]] = reversed(self.cells)
+        if others is not None and others.cells:
+            cells = merge(cells, reversed(others.cells), reverse=True)
+        # The youngest may stay as long as there is room for them; the first that has none has to go.
+        second = 0
+        for second, amount in cells:  # noqa: B007 - where it breaks off is what is looked for
+            room -= amount
+            if room < 0:
                 break
-            left -= amount
-            due = second
-        return 0 if self.used <= room else max(1, ceil(due + MINUTE_SECONDS + 1 - now))
+        return max(1, ceil(second + MINUTE_SECONDS + 1 - now))

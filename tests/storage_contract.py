@@ -9,11 +9,11 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, gatherResults
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
 from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
+from tests.boards_contract import BoardsContract, SharedBoardsContract
 
 EVERY_BYTE = bytes(range(256))
 
@@ -28,7 +28,7 @@ LONGEST_GAP_SECONDS = 0.5
 next_number = itertools.count().__next__
 
 
-class StorageContract(TestCase):
+class StorageContract(BoardsContract):
     """
     Subclassed with `make` and `pass_time`; refer to it by its module, or trial runs it by itself.
 
@@ -257,7 +257,7 @@ class StorageContract(TestCase):
         self.assertEqual(await self.store.get("n", b"k"), b"v")
 
 
-class SharedStorageContract(StorageContract):
+class SharedStorageContract(StorageContract, SharedBoardsContract):
     """What also holds for stores that live outside of this process."""
 
     async def test_two_stores(self) -> None:
@@ -304,6 +304,9 @@ class SharedStorageContract(StorageContract):
             self.store.increment("n", b"k", 1),
             self.store.list("n"),
             self.store.delete("n", b"k"),
+            self.store.post("n", b"m", {b"k": b"v"}),
+            self.store.post("n", b"m", {}),
+            self.store.boards("n"),
         ):
             error = await self.assertFailure(call, StorageError)
             self.assertIn("not open", str(error))
@@ -391,6 +394,8 @@ class ServedStorageContract(SharedStorageContract):
                 self.store.increment("n", b"%d" % n, 1),
                 self.store.list("n", b"%d" % n),
                 self.store.delete("n", b"other"),
+                self.store.post("n", b"m", {b"%d" % n: b"v", b"k": b"v"}, ttl_seconds=600),
+                self.store.boards("n"),
             )
         ]
         return await gatherResults([Deferred.fromCoroutine(self.timed(call)) for call in calls])

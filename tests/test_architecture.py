@@ -19,23 +19,40 @@ import crabtwist
 PACKAGE = Path(crabtwist.__file__).parent
 TESTS = Path(__file__).parent
 
-WORDS = ("money", "values", "errors", "interfaces", "settings", "records")
+WORDS = ("money", "settings", "periods", "terms", "values", "errors", "interfaces", "records")
 GRAMMAR = (
     *("sse", "extension", "body", "headers"),
     *("dialects.base", "dialects.anthropic", "dialects.openai", "dialects.operations"),
-    *("pricing", "windows", "leases"),
+    *("pricing", "receipts", "windows", "leases", "meters", "recording"),
+    *("accounts", "charges"),
 )
-POLICY = ("keys", "health", "routing", "retry", "hooks", "metrics", "plugins", "discovery")
+POLICY = (
+    "keys",
+    "stored_keys",
+    "seal",
+    "directory",
+    "health",
+    "routing",
+    "retry",
+    "hooks",
+    "metrics",
+    "plugins",
+    "discovery",
+)
 CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool", "upstream")
 SERVER_WIRES = ("http_reader", "gateway_request", "channel", "listener")
-NOTES = ("segments", "journal", "delivery")
+NOTES = ("segments", "journal", "delivery", "retention")
 WIRES = (*NOTES, *CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
-STORY = ("bookkeeping", "attempt", "surroundings", "exchange", "gateway")
-DOORS = ("web.answers", "web.admission", "web.models", "web.operations", "web.process", "web.app")
-ASSEMBLY = ("tables", "config", "generation", "first_start", "node", "tap")
+STORY = ("bookkeeping", "attempt", "surroundings", "dispatch", "sharing", "exchange", "gateway")
+CONFIGURATION = ("tables", "config", "generation", "admin_keys", "admin_providers", "administration")
+DOORS = (
+    *("web.answers", "web.admin_lock", "web.admission", "web.models", "web.operations", "web.process"),
+    *("web.extensions", "web.app"),
+)
+ASSEMBLY = ("first_start", "node", "tap")
 
 #: From the ground up: a room knows those before it, and no other.
-HOUSE = (*WORDS, *GRAMMAR, *POLICY, *WIRES, *STORY, *DOORS, *ASSEMBLY)
+HOUSE = (*WORDS, *GRAMMAR, *POLICY, *WIRES, *STORY, *CONFIGURATION, *DOORS, *ASSEMBLY)
 
 #: What the makers make, and the fakes: each knows the rooms named first, and its neighbours before it.
 #: Nobody in the house knows them; they are found by their dotted paths.
@@ -44,18 +61,48 @@ OUTBUILDINGS = (
         (*WORDS, *GRAMMAR, *CLIENT_WIRES),
         ("providers.local", "providers.http", "providers.anthropic", "providers.openai", "providers.echo"),
     ),
-    ((*WORDS, *GRAMMAR), ("extensions.logging", "extensions.rate_limit")),
     (
         (*WORDS, *GRAMMAR),
-        ("storage.memory", "storage.migrations", "storage.sqlite", "storage.redis", "storage.postgres"),
+        (
+            "extensions.logging",
+            "extensions.rate_limit",
+            "extensions.budget_refusals",
+            "extensions.budget",
+            "extensions.usage_rows",
+            "extensions.usage",
+            "extensions.cache",
+            "extensions.rotating_file",
+            "extensions.redaction",
+            "extensions.audit_trail",
+            "extensions.audit",
+        ),
     ),
-    ((*WORDS, *GRAMMAR), ("ledger.schema", "ledger.sqlite")),
+    (
+        (*WORDS, *GRAMMAR),
+        (
+            *("storage.memory", "storage.migrations", "storage.sqlite_boards", "storage.sqlite"),
+            *("storage.redis_boards", "storage.redis"),
+            *("storage.postgres_connection", "storage.postgres_lane"),
+            *("storage.postgres_boards", "storage.postgres"),
+        ),
+    ),
+    (
+        # The ledger in PostgreSQL stands on the lanes and the migrations of the store there.
+        (*WORDS, *GRAMMAR, "storage.migrations", "storage.postgres_connection", "storage.postgres_lane"),
+        ("ledger.columns", "ledger.schema", "ledger.sqlite", "ledger.postgres_tables", "ledger.postgres"),
+    ),
     (WORDS, ("testing",)),
 )
 
 #: The tests of those rooms that have none of their own name.
 TESTED_BY = {
+    "seal": "test_directory",
+    "stored_keys": "test_directory",
+    "administration": "test_directory",
+    "admin_providers": "test_directory",
+    "admin_keys": "test_directory",
     "money": "test_pricing",
+    "terms": "test_keys",
     "tables": "test_config",
     "values": "test_dialects",
     "errors": "test_exchange",
@@ -79,14 +126,34 @@ TESTED_BY = {
     "providers": "test_http_providers",
     "extensions.logging": "test_logging_extension",
     "extensions.rate_limit": "test_rate_limit",
+    "meters": "test_rate_limit",
+    "extensions.rotating_file": "test_audit",
+    "extensions.redaction": "test_audit",
+    "extensions.audit_trail": "test_audit",
+    "extensions.audit": "test_audit",
+    "extensions.budget": "test_budget",
+    "extensions.budget_refusals": "test_budget",
+    "accounts": "test_budget",
+    "charges": "test_budget",
+    "extensions.usage": "test_usage",
+    "extensions.usage_rows": "test_usage",
+    "extensions.cache": "test_cache",
     "storage.migrations": "test_storage_sqlite",
+    "storage.sqlite_boards": "test_storage_sqlite",
     "storage.redis": "integration/test_storage_servers",
+    "storage.redis_boards": "integration/test_storage_servers",
     "storage.postgres": "integration/test_storage_servers",
+    "storage.postgres_lane": "integration/test_storage_servers",
+    "storage.postgres_boards": "integration/test_storage_servers",
+    "storage.postgres_connection": "integration/test_storage_servers",
     "segments": "test_journal",
     "delivery": "test_journal",
+    "ledger.columns": "test_ledger_sqlite",
     "ledger.schema": "test_ledger_sqlite",
+    "ledger.postgres_tables": "integration/test_ledger_postgres",
+    "ledger.postgres": "integration/test_ledger_postgres",
     "surroundings": "test_exchange",
-    "bookkeeping": "integration/test_bookkeeping",
+    "dispatch": "test_exchange",
 }
 
 MOST_LINES = 400

@@ -13,9 +13,9 @@ from crabtwist.config import Config, load
 from crabtwist.discovery import Makers
 from crabtwist.errors import ConfigurationError
 from crabtwist.keys import KeySettings
-from crabtwist.plugins import ExtensionMaker, NoSettings, ProviderMaker, StorageMaker
+from crabtwist.plugins import ExtensionMaker, LedgerMaker, NoSettings, ProviderMaker, StorageMaker
 from crabtwist.settings import Secret
-from crabtwist.tables import ServedModel
+from crabtwist.tables import LedgerSettings, ServedModel
 
 
 class Upstream:
@@ -35,6 +35,12 @@ class Plain:
     pass
 
 
+class Greedy:
+    @attrs.frozen
+    class Settings:
+        journal: str = "mine"
+
+
 MAKERS = Makers(
     providers={kind: ProviderMaker(kind, f"{__name__}:Upstream") for kind in ("anthropic", "openai")},
     extensions={
@@ -42,8 +48,13 @@ MAKERS = Makers(
         "logging": ExtensionMaker("logging", f"{__name__}:Plain"),
     },
     storages={
-        "memory": StorageMaker("memory", f"{__name__}:Plain"),
+        "sqlite": StorageMaker("sqlite", f"{__name__}:Plain"),
         "disk": StorageMaker("disk", f"{__name__}:Limit"),
+    },
+    ledgers={
+        "sqlite": LedgerMaker("sqlite", f"{__name__}:Plain"),
+        "disk": LedgerMaker("disk", f"{__name__}:Limit"),
+        "greedy": LedgerMaker("greedy", f"{__name__}:Greedy"),
     },
     failed={"twisted.plugins.acme": "ImportError: no acme"},
 )
@@ -77,12 +88,14 @@ class Loading(SynchronousTestCase):
 
 class TestMeaning(Loading):
     def test_defaults(self) -> None:
-        """The smallest configuration listens on loopback, keeps its store in memory, and is closed."""
+        """The smallest configuration listens on loopback, keeps everything in files, and is closed."""
         config = self.load(KEY + PROVIDER)
         self.assertEqual(config.listen, ("127.0.0.1:5632",))
         self.assertEqual((config.admin_token, config.allow_anonymous), (None, False))
         self.assertEqual((config.max_body_bytes, config.cooldown_failures), (33554432, 3))
-        self.assertEqual((config.storage.kind, config.storage.settings), ("memory", NoSettings()))
+        self.assertEqual((config.storage.kind, config.storage.settings), ("sqlite", NoSettings()))
+        assert config.ledger is not None
+        self.assertEqual((config.ledger.kind, config.ledger.common), ("sqlite", LedgerSettings()))
         self.assertEqual((dict(config.aliases), config.extensions), ({}, ()))
         self.assertEqual(config.keys, (KeySettings(name="ann", key=Secret("sk-ann"), models=("*",)),))
 
@@ -127,6 +140,19 @@ class TestMeaning(Loading):
         """The storage's other keys are its maker's."""
         storage = self.load(KEY + PROVIDER + '[storage]\nkind = "disk"\nper_minute = 2').storage
         self.assertEqual((storage.kind, storage.settings), ("disk", Limit.Settings(2)))
+
+    def test_ledger(self) -> None:
+        """The ledger may be another than the storage; what all ledgers have is apart from its own."""
+        table = '[ledger]\nkind = "disk"\nper_minute = 2\njournal = "notes"\nkeep_days = 0\n'
+        config = self.load(KEY + PROVIDER + table)
+        assert config.ledger is not None
+        self.assertEqual((config.storage.kind, config.ledger.kind), ("sqlite", "disk"))
+        self.assertEqual(config.ledger.common, LedgerSettings(journal="notes", keep_days=0))
+        self.assertEqual(config.ledger.settings, Limit.Settings(2))
+
+    def test_no_ledger(self) -> None:
+        """The kind "none" is no ledger at all."""
+        self.assertIsNone(self.load(KEY + PROVIDER + '[ledger]\nkind = "none"').ledger)
 
     def test_prices(self) -> None:
         """A model's own prices are read, and every fault in them is told."""
@@ -275,6 +301,39 @@ class TestComplaints(Loading):
         text = KEY + PROVIDER + "[storage]\nkind = 3"
         self.assertEqual(self.complaint(text), "storage.kind: must be a string")
 
+    def test_unknown_ledger(self) -> None:
+        """A kind of ledger that nobody makes is told with all that there are, none included."""
+        complaint = self.complaint(KEY + PROVIDER + '[ledger]\nkind = "nome"')
+        self.assertTrue(complaint.startswith("ledger.kind: "), complaint)
+        for part in ('did you mean "none"?', "There are: disk, greedy, none, sqlite."):
+            self.assertIn(part, complaint)
+
+    def test_settings_of_no_ledger(self) -> None:
+        """Whoever keeps no ledger and sets something for it is told of each such key."""
+        found = self.complaints(KEY + PROVIDER + '[ledger]\nkind = "none"\nkeep_days = 3\npath = "x"')
+        self.assertEqual([each.partition(": ")[0] for each in found], ["ledger.keep_days", "ledger.path"])
+        for complaint in found:
+            self.assertIn('kind = "none"', complaint)
+
+    def test_faults_in_ledger(self) -> None:
+        """Every fault is told: in what all ledgers have, in what one has, and in their names."""
+        text = '[ledger]\nkind = "disk"\nper_minute = "x"\nkeep_dayz = 1\nkeep_records = -1\njournal = " "'
+        found = "\n".join(self.complaints(KEY + PROVIDER + text))
+        for part in (
+            "ledger.per_minute: must be a whole number",
+            'ledger.keep_dayz: unknown key; did you mean "keep_days"?',
+            "ledger.keep_records: must be 0 or more",
+            "ledger.journal: must not be blank",
+        ):
+            self.assertIn(part, found)
+        complaint = self.complaint(KEY + PROVIDER + "[ledger]\njournal_max_bytes = 1048575")
+        self.assertEqual(complaint, "ledger.journal_max_bytes: must be 1048576 or more")
+
+    def test_greedy_ledger(self) -> None:
+        """A ledger's maker cannot take what belongs to all."""
+        complaint = self.complaint(KEY + PROVIDER + '[ledger]\nkind = "greedy"')
+        self.assertIn("may not have settings called ['journal']", complaint)
+
     def test_no_providers(self) -> None:
         """A gateway without providers serves nothing."""
         for text in (KEY, KEY + "[providers]"):
@@ -292,9 +351,9 @@ class TestComplaints(Loading):
 
     def test_sections_of_the_wrong_type(self) -> None:
         """A section that is no table is told how to begin one, and is not called missing."""
-        text = "providers = 1\naliases = 1\nextensions = 1\nstorage = 1\nkeys = 1"
+        text = "providers = 1\naliases = 1\nextensions = 1\nstorage = 1\nledger = 1\nkeys = 1"
         found = {complaint.split(":")[0]: complaint for complaint in self.complaints(text)}
-        self.assertEqual(set(found), {"providers", "aliases", "extensions", "storage", "keys"})
+        self.assertEqual(set(found), {"providers", "aliases", "extensions", "storage", "ledger", "keys"})
         self.assertIn("[providers]", found["providers"])
         self.assertIn("[[keys]]", found["keys"])
 

@@ -284,9 +284,11 @@ class TestOwnDropIn(Scratch):
         """What comes with crabtwist is found like any drop-in's."""
         makers = discover()
         self.assertEqual(list(makers.providers), ["anthropic", "echo", "openai"])
-        self.assertEqual(list(makers.extensions), ["logging", "rate_limit"])
+        self.assertEqual(
+            list(makers.extensions), ["audit", "budget", "cache", "logging", "rate_limit", "usage"]
+        )
         self.assertEqual(list(makers.storages), ["memory", "postgres", "redis", "sqlite"])
-        self.assertEqual(list(makers.ledgers), ["sqlite"])
+        self.assertEqual(list(makers.ledgers), ["postgres", "sqlite"])
 
     def test_memory_storage(self) -> None:
         """The built-in store takes no settings."""
@@ -309,7 +311,7 @@ class TestOwnDropIn(Scratch):
         )
         loaded = {name for name in run.stdout.split() if name.startswith("crabtwist")}
         self.assertEqual(
-            loaded - {"crabtwist.money", "crabtwist.values"},
+            loaded - {f"crabtwist.{word}" for word in ("money", "settings", "periods", "terms", "values")},
             {"crabtwist", "crabtwist.errors", "crabtwist.interfaces", "crabtwist.plugins"},
         )
         self.assertFalse({"twisted.internet.reactor", "treq", "klein", "OpenSSL"} & set(run.stdout.split()))

@@ -19,20 +19,31 @@ from zope.interface.verify import verifyObject
 from crabtwist import settings, tables
 from crabtwist.attempt import Patience
 from crabtwist.body import MAX_JSON_DEPTH
+from crabtwist.config import EMBEDDED
 from crabtwist.errors import Refused
-from crabtwist.extensions.rate_limit import LimitSettings, RateLimitSettings
+from crabtwist.extensions.audit import AdminLine, AuditSettings, BodiesLine, RequestLine, TokensLine
+from crabtwist.extensions.budget import BudgetSettings
+from crabtwist.extensions.cache import CacheSettings
+from crabtwist.extensions.rate_limit import RateLimitSettings
+from crabtwist.extensions.usage import UsageSettings
+from crabtwist.extensions.usage_rows import SUMS
 from crabtwist.hooks import HOOK_TIMEOUT_SECONDS
 from crabtwist.http_reader import HTTPLimits
 from crabtwist.interfaces import IExtension, IExtensionMaker, IProvider, IProviderMaker
+from crabtwist.journal import MAX_BYTES
+from crabtwist.keys import KeySettings
+from crabtwist.ledger.postgres import PostgresLedgerSettings
+from crabtwist.ledger.sqlite import SQLiteLedgerSettings
 from crabtwist.pricing import ModelSettings
 from crabtwist.providers.anthropic import AnthropicSettings
 from crabtwist.routing import Deployment
-from crabtwist.storage.postgres import PostgresSettings
+from crabtwist.storage.postgres_lane import PostgresSettings
 from crabtwist.storage.redis import RedisSettings
 from crabtwist.storage.sqlite import SQLiteSettings
+from crabtwist.terms import KeyBudgetSettings, LimitSettings
 from crabtwist.testing import FakeServices, make_context
 from crabtwist.upstream import ConnectionLimits
-from crabtwist.values import Call
+from crabtwist.values import Call, Outcome, Usage
 
 CHECKOUT = Path(__file__).parents[1]
 DOCS = CHECKOUT / "docs"
@@ -109,6 +120,9 @@ class PluginPagesTests(SynchronousTestCase):
         extension.on_request(make_context(principal="visitor", max_tokens=50))
         with self.assertRaises(Refused):
             extension.on_request(make_context(principal="visitor", max_tokens=51))
+        ended = Outcome(200, "upstream", "complete", None, Usage(1, output_tokens=2), (), None, None, 1, 1, 1)
+        extension.on_end(make_context(principal="visitor"), ended)
+        self.assertEqual({"visitor": 3}, extension.admin_routes()["used"]({}))
 
     def test_pages_are_short(self) -> None:
         """Each file shown is about forty lines at most."""
@@ -136,7 +150,7 @@ class ConfigurationPageTests(SynchronousTestCase):
     def test_every_key_is_there(self) -> None:
         """Each key of each table has a row, with its real default."""
         rows = self.rows()
-        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings):
+        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings, KeySettings):
             for field in attrs.fields(cls):
                 self.assertIn(field.name, rows)
                 if isinstance(field.default, bool | int | float):
@@ -144,8 +158,8 @@ class ConfigurationPageTests(SynchronousTestCase):
 
     def test_no_other_key_is_there(self) -> None:
         """The page names no key that does not exist."""
-        known = {"name", "key"}
-        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings):
+        known: set[str] = set()
+        for cls in (tables.GatewaySettings, tables.ProviderSettings, AnthropicSettings, KeySettings):
             known |= {field.name for field in attrs.fields(cls)}
         self.assertEqual(set(), self.rows().keys() - known)
 
@@ -171,13 +185,100 @@ class LimitsPageTests(SynchronousTestCase):
     def test_every_key_is_there(self) -> None:
         """Each limit has a row, and no other."""
         rows = dict(rows_of("limits.md"))
-        self.assertEqual({field.name for field in attrs.fields(LimitSettings)}, set(rows))
+        names = {field.name for field in attrs.fields(LimitSettings)}
+        self.assertEqual({*names, "without_store"}, set(rows))
+        self.assertEqual(f'`"{RateLimitSettings().without_store}"`', rows["without_store"])
 
     def test_example(self) -> None:
         """The example is read without complaint."""
         complaints: list[str] = []
         table = example_of("limits.md")["extensions"]["rate_limit"]
         settings.read(RateLimitSettings, table, "extensions.rate_limit", complaints)
+        self.assertEqual([], complaints)
+
+
+class CachePageTests(SynchronousTestCase):
+    """The page on the cache."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key has a row with its default, and no other; and so has each word of its header."""
+        expected = [(field.name, f"`{json.dumps(field.default)}`") for field in attrs.fields(CacheSettings)]
+        rows = rows_of("cache.md")
+        self.assertEqual(expected, rows[: len(expected)])
+        self.assertEqual(["hit", "miss", "bypass"], [name for name, _ in rows[len(expected) :]])
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        complaints: list[str] = []
+        table = example_of("cache.md")["extensions"]["cache"]
+        settings.read(CacheSettings, table, "extensions.cache", complaints)
+        self.assertEqual([], complaints)
+
+
+class UsagePageTests(SynchronousTestCase):
+    """The page on usage."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key has a row with its default, and no other."""
+        expected = [(field.name, f"`{json.dumps(field.default)}`") for field in attrs.fields(UsageSettings)]
+        self.assertEqual(expected, rows_of("usage.md"))
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        complaints: list[str] = []
+        table = example_of("usage.md")["extensions"]["usage"]
+        settings.read(UsageSettings, table, "extensions.usage", complaints)
+        self.assertEqual([], complaints)
+
+    def test_answer(self) -> None:
+        """The answer that it shows has the members of a real one."""
+        [shown] = re.findall(r"```json\n(.*?)```", (DOCS / "usage.md").read_text(), re.DOTALL)
+        members = {"principal", "day", *SUMS, "cost_dollars"} - {"cost"}
+        self.assertEqual(members, set(json.loads(shown)["totals"][0]))
+
+
+class AuditPageTests(SynchronousTestCase):
+    """The page on the audit."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key has a row with its default, and no other."""
+        expected = [(field.name, f"`{json.dumps(field.default)}`") for field in attrs.fields(AuditSettings)]
+        self.assertEqual(expected, [row for row in rows_of("audit.md") if row[1].startswith("`")])
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        complaints: list[str] = []
+        table = example_of("audit.md")["extensions"]["audit"]
+        settings.read(AuditSettings, table, "extensions.audit", complaints)
+        self.assertEqual([], complaints)
+
+    def test_every_member_is_there(self) -> None:
+        """The page names every member of a line."""
+        page = (DOCS / "audit.md").read_text()
+        for line in (RequestLine, TokensLine, BodiesLine, AdminLine):
+            for name in line.__struct_fields__:
+                self.assertIn(f"`{name}`", page)
+
+
+class BudgetsPageTests(SynchronousTestCase):
+    """The page on budgets."""
+
+    def test_every_key_is_there(self) -> None:
+        """Each key that is no table has a row with its default; those of a key are among them."""
+        rows = dict(rows_of("budgets.md"))
+        fields = {field.name: field.default for field in attrs.fields(BudgetSettings)}
+        listed = {name for name in rows if name in fields}
+        self.assertEqual({*fields} - {"fallback", "keys"}, listed)
+        for name in listed:
+            said = "none" if fields[name] is None else f"`{json.dumps(fields[name])}`"
+            self.assertEqual(said, rows[name])
+        self.assertLess({field.name for field in attrs.fields(KeyBudgetSettings)}, listed)
+
+    def test_example(self) -> None:
+        """The example is read without complaint."""
+        complaints: list[str] = []
+        table = example_of("budgets.md")["extensions"]["budget"]
+        settings.read(BudgetSettings, table, "extensions.budget", complaints)
         self.assertEqual([], complaints)
 
 
@@ -194,6 +295,33 @@ class StoragePageTests(SynchronousTestCase):
             for field in attrs.fields(cls):
                 if isinstance(field.default, int | float):
                     self.assertIn((field.name, f"`{field.default:g}`"), rows)
+
+
+class LedgerPageTests(SynchronousTestCase):
+    """The page on the ledger."""
+
+    def test_every_common_key_is_there(self) -> None:
+        """Each key that all ledgers have has a row with its default."""
+        rows = rows_of("ledger.md")
+        for field in attrs.fields(tables.LedgerSettings):
+            self.assertIn((field.name, f"`{json.dumps(field.default)}`"), rows)
+
+    def test_every_own_key_is_there(self) -> None:
+        """Each key of a kind of ledger has a row, with its default where it has one."""
+        rows = rows_of("ledger.md")
+        for cls in (SQLiteLedgerSettings, PostgresLedgerSettings):
+            for field in attrs.fields(cls):
+                default = json.dumps(field.default) if field.default is not attrs.NOTHING else "required"
+                said = dict(rows)[field.name].strip("`")
+                self.assertEqual(default.replace(".0", ""), said)
+
+    def test_example(self) -> None:
+        """The example, and that of the storage, say what is without them."""
+        for section, page, path in (
+            ("ledger", "ledger.md", SQLiteLedgerSettings().path),
+            ("storage", "storage.md", SQLiteSettings().path),
+        ):
+            self.assertEqual({section: {"kind": EMBEDDED, "path": path}}, example_of(page))
 
 
 class LinksTests(SynchronousTestCase):
@@ -237,6 +365,7 @@ class DefaultsTests(SynchronousTestCase):
             (gateway.max_answer_copy_bytes, patience.max_answer_copy_bytes),
             (gateway.hook_timeout, HOOK_TIMEOUT_SECONDS),
             (gateway.max_json_depth, MAX_JSON_DEPTH),
+            (tables.LedgerSettings().journal_max_bytes, MAX_BYTES),
             (provider.weight, deployment.weight),
             (provider.max_retries, deployment.max_retries),
             (provider.retry_deadline, deployment.retry_deadline_seconds),

@@ -21,8 +21,10 @@ from crabtwist.config import Config, load
 from crabtwist.discovery import Makers
 from crabtwist.errors import ConfigurationError
 from crabtwist.first_start import CLAUDE_MODELS, GPT_MODELS, FirstStart, welcome, write_first_config
-from crabtwist.plugins import ExtensionMaker, ProviderMaker, StorageMaker
+from crabtwist.ledger.sqlite import SQLiteLedgerSettings
+from crabtwist.plugins import ExtensionMaker, LedgerMaker, ProviderMaker, StorageMaker
 from crabtwist.settings import Secret
+from crabtwist.storage.sqlite import SQLiteSettings
 from crabtwist.tap import Options, make_node
 
 
@@ -42,8 +44,13 @@ MAKERS = Makers(
         "openai": ProviderMaker("openai", f"{__name__}:Upstream"),
         "echo": ProviderMaker("echo", f"{__name__}:Plain"),
     },
-    extensions={"logging": ExtensionMaker("logging", f"{__name__}:Plain")},
-    storages={"memory": StorageMaker("memory", f"{__name__}:Plain")},
+    extensions={
+        "logging": ExtensionMaker("logging", f"{__name__}:Plain"),
+        "rate_limit": ExtensionMaker("rate_limit", "crabtwist.extensions.rate_limit:RateLimitExtension"),
+        "budget": ExtensionMaker("budget", "crabtwist.extensions.budget:BudgetExtension"),
+    },
+    storages={"sqlite": StorageMaker("sqlite", "crabtwist.storage.sqlite:SQLiteStorage")},
+    ledgers={"sqlite": LedgerMaker("sqlite", "crabtwist.ledger.sqlite:SQLiteLedger")},
 )
 
 BOTH = {"ANTHROPIC_API_KEY": "sk-ant-hunter2", "OPENAI_API_KEY": "sk-hunter3"}
@@ -104,13 +111,14 @@ class TestWriting(Starting):
 
     def test_commented_settings(self) -> None:
         """The file still loads when every setting in its comments is had."""
-        self.start()
+        _, before = self.start()
         text = re.sub(r"(?m)^#(?=\S)", "", self.path.read_text())
         self.path.write_text(text)
         config = load(self.path, BOTH, MAKERS)
         self.assertEqual([each.name for each in config.providers], ["echo", "anthropic", "openai"])
-        self.assertEqual([each.name for each in config.extensions], ["logging"])
+        self.assertEqual([each.name for each in config.extensions], ["logging", "rate_limit", "budget"])
         self.assertEqual(dict(config.aliases), {"fast": "echo"})
+        self.assertEqual((config.storage, config.ledger), (before.storage, before.ledger))
 
     def test_fresh_secrets(self) -> None:
         """Each first start has secrets of its own, the two of one are different."""
@@ -178,6 +186,14 @@ class TestWelcome(Starting):
         text = "\n".join(self.lines())
         for part in (self.first_start.admin_token.reveal(), self.first_start.key.reveal(), str(self.path)):
             self.assertIn(part, text)
+
+    def test_files(self) -> None:
+        """What will be kept, and where, is told by the names that it will have."""
+        text = "\n".join(self.lines())
+        ledger = load(self.path, {}, MAKERS).ledger
+        assert ledger is not None
+        for name in (SQLiteSettings().path, SQLiteLedgerSettings().path, ledger.common.journal):
+            self.assertIn(name, text)
 
     def test_curl(self) -> None:
         """One line can be pasted, and asks the echo model."""

@@ -18,7 +18,7 @@ from crabtwist.hooks import HOOK_TIMEOUT_SECONDS, Hooks
 from crabtwist.interfaces import IExtension
 from crabtwist.sse import Event
 from crabtwist.testing import make_context
-from crabtwist.values import Answer, Outcome
+from crabtwist.values import AdminAction, Answer, Outcome
 
 CONTEXT = make_context()
 ANSWER = Answer(200, (), b"{}")
@@ -117,6 +117,8 @@ class MakingTests(HooksTestCase):
             name = "own"
             on_request = self.noting("request")
             on_cache_lookup = on_response = on_chunk = on_error = on_end = self.noting("other")
+            on_admin_action = self.noting("admin")
+            admin_routes = dict
 
         hooks = self.hooks(Own())
         self.successResultOf(self.run_(hooks.request(CONTEXT)))
@@ -311,6 +313,15 @@ class WatcherTests(HooksTestCase):
             self.tell(extension("bad", **hooks), extension("good", on_end=self.noting("b")))
         self.assertEqual((["b"], ["bad"] * 4), (self.seen, [event["extension"] for event in events]))
         self.assertEqual(4, len(self.flushLoggedErrors(Crash)))
+
+    def test_admin_action(self) -> None:
+        """Admin actions are shown to those who watch them; one that crashes is logged with the action."""
+        action, shown = AdminAction(0.0, "ops", "keys.create", "visitor", "done"), list[object]()
+        bad = extension("bad", on_admin_action=crash)
+        with capturedLogs() as events:
+            self.hooks(bad, extension(on_admin_action=shown.append)).administered(action)
+        self.assertEqual(([action], "keys.create"), (shown, events[0]["subject"]))
+        self.assertEqual(1, len(self.flushLoggedErrors(Crash)))
 
     def test_fails_later(self) -> None:
         """A watcher's Deferred that fails, or its `async def`, is logged when it does."""

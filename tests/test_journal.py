@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import provider
 
 from crabtwist.delivery import Delivery
-from crabtwist.errors import ConfigurationError
+from crabtwist.errors import ConfigurationError, RecordRefused
 from crabtwist.journal import Journal, Recovery
 from crabtwist.records import Record, Reservation
 from crabtwist.segments import frame, unframe
@@ -35,10 +35,14 @@ class Ledger:
         self.offered: Counter[str] = Counter()
         self.appends = 0
         self.answer: Callable[[], Deferred[Any]] = lambda: succeed(None)
+        #: Ids of records that it can never hold.
+        self.refuses: set[str] = set()
 
     def append(self, records: Sequence[Record]) -> Deferred[Any]:
         self.appends += 1
         self.offered.update(record.id for record in records)
+        if self.refuses & {record.id for record in records}:
+            return fail(RecordRefused("no such thing"))
         return self.answer().addCallback(lambda _: self._keep(records))
 
     def _keep(self, records: Sequence[Record]) -> None:
@@ -535,3 +539,106 @@ class TestDelivery(Case):
         journal = self.opened(folder)
         self.assertIs(self.successResultOf(Delivery(journal, self.ledger, self.clock).flush()), True)
         self.assertEqual((list(self.ledger.kept), journal.undelivered), (["b"], 0))
+
+    def test_an_hour_away(self) -> None:
+        """A ledger that is away for an hour is asked twice a minute, and gets everything once afterwards."""
+        times: list[float] = []
+
+        def refuse_to_answer() -> Deferred[None]:
+            times.append(self.clock.seconds())
+            return fail(OSError("gone"))
+
+        self.ledger.answer = refuse_to_answer
+        for number in range(3600):
+            settle(self.live, f"{number}")
+            self.clock.advance(1)
+        waits = [later - sooner for sooner, later in pairwise(times)]
+        self.assertEqual((waits[:4], set(waits[4:])), ([2, 4, 8, 16], {30}))
+        self.assertEqual((self.live.undelivered, self.ledger.kept), (3600, {}))
+        tried = set(self.ledger.offered)
+        self.mend_ledger()
+        self.advance(30 + 3600 // (2 * 8) + 1)
+        self.assertEqual((len(self.ledger.kept), self.live.undelivered), (3600, 0))
+        self.assertEqual({self.ledger.offered[f"{n}"] for n in range(3600) if f"{n}" not in tried}, {1})
+
+
+class TestFullWhileAway(Case):
+    def test_alarm(self) -> None:
+        """A ledger that is away for too long fills the journal: an alarm, and what was kept arrives once."""
+        alarms, ledger = self.events(LogLevel.critical), Ledger()
+        journal = self.opened(max_bytes=50_000, segment_bytes=2000)
+        delivery = Delivery(journal, ledger, self.clock, interval_seconds=1)
+        ledger.answer = lambda: fail(OSError("gone"))
+        delivery.start()
+        self.addCleanup(delivery.stop)
+        for number in range(3600):
+            settle(journal, f"{number}")
+            self.clock.advance(1)
+        kept = journal.undelivered
+        self.assertEqual((len(alarms), journal.dropped_records), (1, 3600 - kept))
+        self.assertLessEqual(journal.size_bytes, 50_000)
+        ledger.answer = lambda: succeed(None)
+        self.clock.pump([1] * 60)
+        self.assertEqual(list(ledger.kept), [f"{number}" for number in range(kept)])
+        settle(journal, "later")
+        self.clock.pump([1, 1])
+        self.assertIn("later", ledger.kept)
+
+
+class TestRefused(Case):
+    def setUp(self) -> None:
+        super().setUp()
+        self.ledger, self.live = Ledger(), self.opened()
+        self.delivery = Delivery(self.live, self.ledger, self.clock, interval_seconds=1, batch_records=64)
+        self.alarms = self.events(LogLevel.critical)
+        self.names = [f"{number}" for number in range(200)]
+
+    def flush(self) -> list[str]:
+        """Deliver everything, and return what the ledger has."""
+        self.assertIs(self.successResultOf(self.delivery.flush()), True)
+        self.assertEqual(self.live.undelivered, 0)
+        return list(self.ledger.kept)
+
+    @given(st.sets(st.integers(0, 199), max_size=8))
+    @settings(deadline=None, max_examples=20)
+    def test_passed_over(self, refused: set[int]) -> None:
+        """Records that the ledger refuses hold up no others, wherever they are."""
+        self.ledger, self.folder = Ledger(), Path(self.mktemp()) / "journal"
+        self.live = self.opened()
+        self.delivery = Delivery(self.live, self.ledger, self.clock, batch_records=64)
+        self.ledger.refuses = {f"{number}" for number in refused}
+        settle(self.live, *self.names)
+        self.assertEqual(self.flush(), [name for name in self.names if name not in self.ledger.refuses])
+        self.assertEqual(self.delivery.refused, len(refused))
+
+    def test_told_whole(self) -> None:
+        """A record that is passed over stands whole in the log, once, at the highest level."""
+        self.ledger.refuses = {"7"}
+        settle(self.live, *self.names)
+        self.flush()
+        (alarm,) = self.alarms
+        self.assertEqual(alarm["record"], '{"id":"7","status":200,"reason":"complete"}')
+        self.flush()
+        self.assertEqual(len(self.alarms), 1)
+
+    def test_few_attempts(self) -> None:
+        """One bad record is found in few steps, and batches are large again after it."""
+        self.ledger.refuses = {"70"}
+        settle(self.live, *self.names)
+        self.flush()
+        self.assertLess(self.ledger.appends, 25)
+        self.ledger.appends = 0
+        settle(self.live, *(f"later {number}" for number in range(128)))
+        self.flush()
+        self.assertLessEqual(self.ledger.appends, 4)
+
+    def test_refused_and_away(self) -> None:
+        """A ledger that goes away while it is searched for what it refuses is asked again for the rest."""
+        self.ledger.refuses = {"0", "9"}
+        settle(self.live, *self.names[:10])
+        answers = iter([fail(OSError("gone"))] * 2)
+        self.ledger.answer = lambda: next(answers, succeed(None))
+        for _ in range(2):
+            self.assertIs(self.successResultOf(self.delivery.flush()), False)
+        self.assertEqual(self.flush(), self.names[1:9])
+        self.assertEqual((self.delivery.refused, len(self.alarms)), (2, 2))

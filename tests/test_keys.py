@@ -10,15 +10,18 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from crabtwist.errors import Refusal
 from crabtwist.keys import (
+    Digest,
     KeyRing,
     KeySettings,
     VirtualKey,
     allows,
     check_distinct,
     credential,
+    digest_of,
     generate_key,
 )
 from crabtwist.settings import Secret
+from crabtwist.terms import unix_time
 
 
 def key(name: str, secret: str, *models: str) -> KeySettings:
@@ -48,9 +51,23 @@ class TestKeyRing(SynchronousTestCase):
         """Keys whose digests begin alike are told apart."""
         ring = KeyRing([key("ann", "secret-a"), key("bob", "secret-b")])
         entries = [entry for bucket in ring._buckets.values() for entry in bucket]
-        ring._buckets = {digest[:4]: entries for digest, _ in entries}
+        ring._buckets = {digest.digest[:4]: entries for digest, _ in entries}
         found = [ring.authenticate(secret) for secret in (b"secret-a", b"secret-b")]
         self.assertEqual([each and each.name for each in found], ["ann", "bob"])
+
+    def test_another_digest_key(self) -> None:
+        """What was made with one key of digests is nobody's with another."""
+        made = [(VirtualKey("eve", None), [Digest(digest_of("secret-e", b"one"))])]
+        found = [KeyRing([], name, made).authenticate(b"secret-e") for name in (b"one", b"two")]
+        self.assertEqual(found, [VirtualKey("eve", None), None])
+
+    def test_rotated(self) -> None:
+        """A key may have two secrets, one of them for some time only."""
+        digests = [Digest(digest_of("old", b""), until=100.0), Digest(digest_of("new", b""))]
+        ring = KeyRing([], b"", [(VirtualKey("eve", None), digests)])
+        for now, old in ((99.9, VirtualKey("eve", None)), (100.0, None)):
+            self.assertEqual(ring.authenticate(b"old", now), old)
+            self.assertEqual(ring.authenticate(b"new", now), VirtualKey("eve", None))
 
     def test_empty_ring(self) -> None:
         """Without keys nobody is recognised."""
@@ -60,6 +77,26 @@ class TestKeyRing(SynchronousTestCase):
         """Nothing in the ring holds a secret in clear."""
         ring = KeyRing([key("ann", "secret-a")])
         self.assertNotIn("secret-a", repr(vars(ring)))
+
+
+class TestCheck(SynchronousTestCase):
+    def test_expired(self) -> None:
+        """From its moment on a key opens nothing, and is told so."""
+        settings = KeySettings(name="ann", key=Secret("secret-a"), expires_at="2027-01-31T18:00:00+01:00")
+        settings.virtual.check(1801414799.9)
+        refusal = self.assertRaises(Refusal, settings.virtual.check, 1801414800.0)
+        self.assertEqual((refusal.status, refusal.slug), (401, "key_expired"))
+
+    def test_disabled(self) -> None:
+        """A disabled key opens nothing."""
+        refusal = self.assertRaises(Refusal, VirtualKey("ann", None, disabled=True).check, 0.0)
+        self.assertEqual((refusal.status, refusal.slug), (401, "key_disabled"))
+
+    def test_moments(self) -> None:
+        """A moment has a date, a time and a zone."""
+        for text in ("tomorrow", "2027-01-31", "2027-01-31T18:00:00", ""):
+            self.assertRaises(ValueError, unix_time, text)
+        self.assertEqual(unix_time("1970-01-01T00:00:01Z"), 1.0)
 
 
 class TestAllows(SynchronousTestCase):

@@ -74,6 +74,11 @@ class TestRecord(SynchronousTestCase):
             "max_tokens": "",
             "body_bytes": "",
             "answer_headers": "",
+            "query": "",
+            "headers": "",
+            "prices": "",
+            "limits": "",
+            "budget": "",
         }.items():
             value = known.pop(theirs)
             if ours:

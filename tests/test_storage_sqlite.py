@@ -116,6 +116,24 @@ class TestSQLiteStorage(storage_contract.SharedStorageContract):
             self.assertEqual(await (await self.opened()).get("n", b"k"), b"v")
         self.assertEqual(self.run_sql("SELECT * FROM later"), [(1,)])
 
+    async def test_file_without_boards(self) -> None:
+        """A file from before there were boards gets them, and keeps what it holds."""
+        await self.store.close()
+        await self.move()
+        now = sqlite.STEPS
+        self.patch(sqlite, "STEPS", now[:1])
+        old = await self.opened()
+        await old.set("n", b"k", b"v")
+        await old.close()
+        self.patch(sqlite, "STEPS", now)
+        new = await self.opened()
+        await new.post("n", b"m", {b"k": b"note"})
+        self.assertEqual((await new.get("n", b"k"), await new.boards("n")), (b"v", {b"k": {b"m": b"note"}}))
+
+    def test_for_oneself(self) -> None:
+        """Other nodes see nothing of it."""
+        self.assertIs(self.store.between_nodes, False)
+
     async def test_half_a_step(self) -> None:
         """A step that fails leaves the file as it was."""
         await self.store.close()
@@ -209,8 +227,10 @@ class TestSQLiteStorage(storage_contract.SharedStorageContract):
     async def test_reading_takes_no_lock(self) -> None:
         """Reading goes on while another process writes."""
         await self.store.set("n", b"k", b"v")
+        await self.store.post("n", b"m", {b"k": b"v"})
         await self.locked()
         self.assertEqual(await self.store.get("n", b"k"), b"v")
+        self.assertEqual(await self.store.boards("n"), {b"k": {b"m": b"v"}})
         self.assertEqual(await self.keys(), [b"k"])
 
     async def test_a_bad_call_among_good_ones(self) -> None:
@@ -276,16 +296,19 @@ class TestSQLiteStorage(storage_contract.SharedStorageContract):
     async def rows(self) -> int:
         """Return how many rows there are, once all that was begun is done."""
         await self.store.get("n", b"k")
-        return sum(self.run_sql(f"SELECT count(*) FROM {table}")[0][0] for table in ("entry", "counter"))
+        tables = ("entry", "counter", "note")
+        return sum(self.run_sql(f"SELECT count(*) FROM {table}")[0][0] for table in tables)
 
     async def test_expired_rows_are_deleted(self) -> None:
         """What has expired leaves the file though nobody asks for it, in small steps."""
         keys = [b"%d" % n for n in range(2 * sqlite.SWEEP_ROWS + 1)]
         await gatherResults([self.store.set("n", key, b"v", ttl_seconds=10) for key in keys])
         await gatherResults([self.store.increment("n", key, 1, ttl_seconds=10) for key in keys])
+        await self.store.post("n", b"m", dict.fromkeys(keys, b"v"), ttl_seconds=10)
         await self.store.set("n", b"kept", b"v")
+        await self.store.post("n", b"m", {b"kept": b"v"}, ttl_seconds=11)
         self.clock.advance(self.settings.sweep_interval)
-        self.assertEqual([await self.rows() for _ in range(4)], [403, 3, 1, 1])
+        self.assertEqual([await self.rows() for _ in range(4)], [605, 5, 2, 2])
 
     async def test_sweeping_goes_on(self) -> None:
         """A sweep that failed is logged, and the next one comes all the same."""

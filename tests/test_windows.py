@@ -11,6 +11,15 @@ from crabtwist.windows import SlidingMinute
 steps = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 5)), max_size=40)
 
 
+def fill(steps: list[tuple[float, int]]) -> tuple[SlidingMinute, float]:
+    """Return a window where something was used, and the time when that was done."""
+    window, now = SlidingMinute(), 1000.0
+    for pause, amount in steps:
+        now += pause
+        window.add(now, amount)
+    return window, now
+
+
 class SlidingMinuteTests(SynchronousTestCase):
     """What is remembered, and for how long."""
 
@@ -47,7 +56,36 @@ class SlidingMinuteTests(SynchronousTestCase):
         window = SlidingMinute()
         cell = window.add(0, 100)
         window.add(10, 1)
-        window.correct(cell, -90)
+        self.assertEqual(-90, window.correct(cell, -90))
         self.assertEqual((11, 1), (window.at(60), window.at(61)))
-        window.correct(cell, 7)
+        self.assertEqual(0, window.correct(cell, 7))
         self.assertEqual(1, window.at(61))
+
+    @given(steps, steps, st.integers(0, 20))
+    def test_two_windows(
+        self, here: list[tuple[float, int]], there: list[tuple[float, int]], room: int
+    ) -> None:
+        """The wait for two windows together is as long as it takes, to the second."""
+        (one, begun), (other, ended) = fill(here), fill(there)
+        now = max(begun, ended)
+        wait = one.wait_seconds(now, room, other)
+        if wait:
+            self.assertGreater(one.at(now + wait - 1) + other.at(now + wait - 1), room)
+        self.assertLessEqual(one.at(now + wait) + other.at(now + wait), room)
+
+    @given(steps)
+    def test_coarse(self, steps: list[tuple[float, int]]) -> None:
+        """Who is told in wider cells forgets nothing earlier, and everything five seconds later."""
+        window, now = fill(steps)
+        copy = SlidingMinute(window.coarse(now))
+        self.assertEqual(window.at(now), copy.used)
+        self.assertLessEqual(len(copy.cells), 14)
+        for second in range(66):
+            later, late = copy.at(now + second), window.at(now + second)
+            self.assertGreaterEqual(later, late)
+        self.assertEqual(0, copy.at(now + 66))
+
+    def test_cells(self) -> None:
+        """A window of several may be made of cells in any order."""
+        window = SlidingMinute([(7, 1), (3, 2), (7, 4)])
+        self.assertEqual((7, 5, 0), (window.at(10), window.at(64), window.at(68)))

@@ -4,45 +4,36 @@ The `rate_limit` extension: requests and tokens a minute, and requests at once.
 Everything is looked at before anything is charged, so a refused request costs nobody anything.  Tokens
 are charged from an estimate when a request begins and corrected when it has ended, so requests that run
 at once cannot use together what each might have used alone.
+
+Where the store is one that nodes share, the limits are those of all nodes together, by `leases`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import attrs
+import msgspec
+from twisted.application.service import IService, Service
+from twisted.internet.defer import Deferred, succeed
+from zope.interface import implementer
 
 from crabtwist.errors import Refused
 from crabtwist.extension import Extension
-from crabtwist.settings import positive
+from crabtwist.leases import Leases, WithoutStore
+from crabtwist.meters import IDLE_SECONDS, Meter, SharedMeter
+from crabtwist.terms import KINDS, LimitSettings
 from crabtwist.values import Context, Outcome
-from crabtwist.windows import SlidingMinute
 
 #: The answer's length where the client sets no bound.
 ESTIMATED_OUTPUT_TOKENS = 1024
 
-#: When to ask again where requests at once are the limit: nobody knows when one of them ends.
-CONCURRENT_RETRY_SECONDS = 1
-
-_KINDS = ("requests", "input_tokens", "output_tokens")
-_WORDS = {"requests": "requests", "input_tokens": "input tokens", "output_tokens": "output tokens"}
-
-
-@attrs.frozen(kw_only=True)
-class LimitSettings:
-    """Limits, each for itself; what is left out is not limited."""
-
-    requests_per_minute: int | None = attrs.field(default=None, validator=positive)
-    input_tokens_per_minute: int | None = attrs.field(default=None, validator=positive)
-    output_tokens_per_minute: int | None = attrs.field(default=None, validator=positive)
-    concurrent_requests: int | None = attrs.field(default=None, validator=positive)
-
-    def per_minute(self) -> dict[str, int]:
-        """Return the limits by the minute, by kind."""
-        given = {kind: getattr(self, f"{kind}_per_minute") for kind in _KINDS}
-        return {kind: limit for kind, limit in given.items() if limit is not None}
+#: When to ask again where the store has to come back.
+STORE_RETRY_SECONDS = 5
 
 
 @attrs.frozen(kw_only=True)
@@ -50,56 +41,25 @@ class RateLimitSettings(LimitSettings):
     """
     The limits of each key; beside them those of everybody together, and exceptions.
 
-    `keys.NAME` stands in the place of the limits of that key; `models.NAME` are those of each key for one
-    model, beside all others.
+    `keys.NAME` stands in the place of the limits of that key, and what a key brings with it in the place of
+    both; `models.NAME` are those of each key for one model, beside all others.  `without_store` says what to
+    do while nodes cannot hear of each other.
     """
 
     all: LimitSettings | None = None
     keys: Mapping[str, LimitSettings] = attrs.field(factory=dict)
     models: Mapping[str, LimitSettings] = attrs.field(factory=dict)
-
-
-class _Meter:
-    """What one scope has used: windows by kind, and requests that run."""
-
-    def __init__(self, whose: str, limits: LimitSettings) -> None:
-        self.whose = whose
-        self.limits = limits.per_minute()
-        self.concurrent_limit = limits.concurrent_requests
-        self.running = 0
-        self.windows = {kind: SlidingMinute() for kind in self.limits}
-
-    def fault(self, now: float, estimate: Mapping[str, int]) -> tuple[str, int] | None:
-        """Return what is used up, in words, and in how many seconds to ask again; None if nothing is."""
-        if self.concurrent_limit is not None and self.running >= self.concurrent_limit:
-            return f"{self.concurrent_limit} requests at once", CONCURRENT_RETRY_SECONDS
-        for kind, limit in self.limits.items():
-            # Whoever wants more than all gets it when nothing else is used; else it could never be had.
-            room = max(0, limit - estimate[kind])
-            wait = self.windows[kind].wait_seconds(now, room)
-            if wait:
-                return f"{limit} {_WORDS[kind]} a minute", wait
-        return None
-
-    def charge(self, now: float, estimate: Mapping[str, int]) -> dict[str, int]:
-        """Use what is estimated; returns where it was put down."""
-        self.running += 1
-        return {kind: window.add(now, estimate[kind]) for kind, window in self.windows.items()}
-
-    def settle(self, cells: Mapping[str, int], change: Mapping[str, int]) -> None:
-        """Make good what the estimate was wrong by."""
-        self.running -= 1
-        for kind, cell in cells.items():
-            self.windows[kind].correct(cell, change[kind])
+    without_store: WithoutStore = "local"
 
 
 @attrs.frozen
 class _Charge:
     estimate: Mapping[str, int]
-    places: tuple[tuple[_Meter, Mapping[str, int]], ...]
+    places: tuple[tuple[Meter, Mapping[str, int]], ...]
 
 
-class RateLimitExtension(Extension):
+@implementer(IService)
+class RateLimitExtension(Extension, Service):
     """Refuses what is over a limit with a 429 that says whose, how much, and when to ask again."""
 
     name = "rate_limit"
@@ -108,22 +68,39 @@ class RateLimitExtension(Extension):
     def __init__(self, settings: RateLimitSettings, services: Any) -> None:
         self._settings = settings
         self._clock = services.clock
-        self._meters: dict[tuple[str, ...], _Meter] = {}
+        self._leases: Leases | None = None
+        if services.storage is not None and services.storage.between_nodes:
+            self._leases = Leases(services.storage, self.name, services.clock)
+        self._meters: dict[tuple[str, ...], Meter] = {}
+        self._look_for_idle_at = 0.0
         self._charges: dict[str, _Charge] = {}
+
+    def startService(self) -> Deferred[None]:
+        """Read what other nodes have used; fails if the store does."""
+        super().startService()
+        return succeed(None) if self._leases is None else Deferred.fromCoroutine(self._leases.start())
+
+    def stopService(self) -> Deferred[None]:
+        """Tell the other nodes what was used here."""
+        super().stopService()
+        return succeed(None) if self._leases is None else Deferred.fromCoroutine(self._leases.stop())
 
     def on_request(self, context: Context) -> None:
         """Refuse it, or charge the estimate to all whom it concerns."""
         now = self._clock.seconds()
+        if now >= self._look_for_idle_at:
+            self._forget_idle(now)
         estimate = _estimate(context)
-        meters = self._meters_for(context)
-        faults = [(meter, fault) for meter in meters if (fault := meter.fault(now, estimate))]
+        meters = self._meters_for(context, now)
+        self._refuse_out_of_touch(meters)
+        faults = [fault for meter in meters if (fault := meter.fault(now, estimate))]
         if faults:
-            meter, (what, seconds) = max(faults, key=lambda each: each[1][1])
+            words, seconds = max(faults, key=itemgetter(1))
             self._say(context, meters, now)
             raise Refused(
                 429,
                 None,
-                f"{meter.whose} may use {what}, and has; ask again in {seconds} s",
+                f"{words}; ask again in {seconds} s",
                 {"retry-after": str(seconds)},
                 slug="rate_limited",
             )
@@ -137,38 +114,76 @@ class RateLimitExtension(Extension):
         if charge is None:
             return
         used = _used(charge.estimate, outcome)
-        change = {kind: used[kind] - charge.estimate[kind] for kind in _KINDS}
+        change = {kind: used[kind] - charge.estimate[kind] for kind in KINDS}
         for meter, cells in charge.places:
             meter.settle(cells, change)
 
-    def _meters_for(self, context: Context) -> list[_Meter]:
+    def _refuse_out_of_touch(self, meters: Iterable[Meter]) -> None:
+        if self._settings.without_store == "local" or self._leases is None or self._leases.in_touch:
+            return
+        for meter in meters:
+            raise Refused(
+                503,
+                None,
+                f"the store that says how much of its limits {meter.whose} has used does not answer",
+                {"retry-after": str(STORE_RETRY_SECONDS)},
+                slug="store_unreachable",
+            )
+
+    def _meters_for(self, context: Context, now: float) -> list[Meter]:
         settings, key = self._settings, context.principal or "anybody"
+        scopes: list[tuple[tuple[str, ...], LimitSettings | None]] = [
+            (("all",), settings.all),
+            # What a key brings with it says more than what the configuration says of it.
+            (("key", key), context.limits or settings.keys.get(key, settings)),
+            (("model", key, context.model), settings.models.get(context.model)),
+        ]
         meters = []
-        if settings.all is not None:
-            meters.append(self._meter(("all",), "everybody together", settings.all))
-        own = settings.keys.get(key, settings)
-        meters.append(self._meter(("key", key), f"key {key!r}", own))
-        if context.model in settings.models:
-            whose = f"key {key!r} with model {context.model!r}"
-            meters.append(self._meter(("model", key, context.model), whose, settings.models[context.model]))
+        for scope, limits in scopes:
+            if limits is not None and not limits.are_none:
+                meter = self._meters.get(scope)
+                if meter is None:
+                    meter = self._meters[scope] = self._make_meter(scope, limits)
+                elif meter.settings is not limits:
+                    meter.hold_to(limits)
+                meter.asked_at = now
+                meters.append(meter)
         return meters
 
-    def _meter(self, scope: tuple[str, ...], whose: str, limits: LimitSettings) -> _Meter:
-        meter = self._meters.get(scope)
-        if meter is None:
-            meter = self._meters[scope] = _Meter(whose, limits)
-        return meter
+    def _make_meter(self, scope: tuple[str, ...], limits: LimitSettings) -> Meter:
+        whose = _whose(*scope)
+        if self._leases is None:
+            return Meter(whose, limits)
+        key = msgspec.json.encode(scope)
+        return SharedMeter(whose, limits, key=key, clock=self._clock, leases=self._leases)
 
-    def _say(self, context: Context, meters: list[_Meter], now: float) -> None:
+    def _forget_idle(self, now: float) -> None:
+        """Forget whom nobody asks for, or memory would grow with everybody who ever did."""
+        self._look_for_idle_at = now + IDLE_SECONDS / 2
+        for scope, meter in list(self._meters.items()):
+            if not meter.running and meter.asked_at < now - IDLE_SECONDS:
+                del self._meters[scope]
+                meter.leave()
+
+    def _say(self, context: Context, meters: list[Meter], now: float) -> None:
         """Put the tightest limit of each kind into the answer's head, as the dialect says it."""
-        for kind in _KINDS:
-            limited = [meter for meter in meters if kind in meter.limits]
+        for kind in KINDS:
+            limited = [
+                (meter.limits[kind] - meter.used(kind, now), meter)
+                for meter in meters
+                if kind in meter.limits
+            ]
             if not limited:
                 continue
-            tightest = min(limited, key=lambda meter: meter.limits[kind] - meter.windows[kind].at(now))
-            limit, window = tightest.limits[kind], tightest.windows[kind]
-            left, reset = max(0, limit - window.at(now)), window.wait_seconds(now, 0)
-            context.answer_headers.update(_headers(context.dialect, kind, limit, left, reset, now))
+            left, tightest = min(limited, key=itemgetter(0))
+            limit, reset = tightest.limits[kind], tightest.wait_seconds(kind, now, 0)
+            context.answer_headers.update(_headers(context.dialect, kind, limit, max(0, left), reset, now))
+
+
+def _whose(scope: str, key: str = "", model: str = "") -> str:
+    if scope == "all":
+        return "everybody together"
+    return f"key {key!r}" if scope == "key" else f"key {key!r} with model {model!r}"
 
 
 def _estimate(context: Context) -> dict[str, int]:
@@ -195,9 +210,15 @@ def _used(estimate: Mapping[str, int], outcome: Outcome) -> Mapping[str, int]:
     }
 
 
+@lru_cache(maxsize=64)
+def _timestamp(seconds: int) -> str:
+    # Costs as much as all the rest of a request's limits, and most requests of a second share it.
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def _headers(dialect: str, kind: str, limit: int, left: int, reset: int, now: float) -> dict[str, str]:
     if dialect == "anthropic":
-        at = datetime.fromtimestamp(now + reset, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        at = _timestamp(int(now + reset))
         name = f"anthropic-ratelimit-{kind.replace('_', '-')}"
         return {f"{name}-limit": str(limit), f"{name}-remaining": str(left), f"{name}-reset": at}
     # OpenAI's clients know requests and tokens; its tokens are those of the prompt.

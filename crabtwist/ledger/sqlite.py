@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,40 +23,49 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
-from crabtwist.errors import ConfigurationError
+from crabtwist.errors import ConfigurationError, RecordRefused, StorageError
 from crabtwist.interfaces import ILedger
+from crabtwist.ledger.columns import (
+    GROUPINGS,
+    LARGEST_NUMBER,
+    LARGEST_PAGE,
+    NAMES,
+    SUMS,
+    asked_for,
+    by_rarity,
+    clean,
+    columns_of,
+    cursor_of,
+    day_numbers,
+    read_cursor,
+    searchable,
+    summands,
+    total_from,
+    total_of,
+)
 from crabtwist.ledger.schema import upgrade
 from crabtwist.money import DOLLAR
-from crabtwist.records import MICROSECONDS, Page, Record, Tokens, Total, decode_record, encode
+from crabtwist.records import Page, Record, Total, decode_record
 from crabtwist.settings import not_blank
 
 T = TypeVar("T")
 
 BUSY_SECONDS = 5.0
 CACHE_KIB = 16384
-LARGEST_PAGE = 1000
 
 #: Sums of a day, key, model and provider end here, so that no sum over them can overflow: a quadrillion.
 LARGEST_SUM = 10**15
 
-_DAY = 86400 * MICROSECONDS
-_EPOCH = date(1970, 1, 1)
-
-_NAMES = ("principal", "model", "provider")
-_GROUPS = (*_NAMES, "day")
-#: What there are totals by, besides the day; the last are by everything.
-_GROUPINGS: tuple[tuple[str, ...], ...] = ((), *((name,) for name in _NAMES), _NAMES)
-_TOKENS = (
-    *("input_tokens", "cache_read_tokens", "cache_write_tokens"),
-    *("cache_write_1h_tokens", "output_tokens", "reasoning_tokens"),
-)
-_SUMS = ("requests", "unpriced", "estimated", *_TOKENS, "cost_dollars", "cost_rest")
-_NO_TOKENS = Tokens()
+#: A sum as it is kept: a cost may be more than fits into an integer of SQLite's.
+_KEPT = (*SUMS[:-1], "cost_dollars", "cost_rest")
 
 _INSERT = "INSERT INTO record VALUES (NULL, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
 _WHERE_TOTAL = "WHERE by = ? AND day = ? AND principal = ? AND model = ? AND provider = ?"
-_READ_TOTAL = f"SELECT {', '.join(_SUMS)} FROM total {_WHERE_TOTAL}"
-_WRITE_TOTAL = f"INSERT OR REPLACE INTO total VALUES ({', '.join('?' * (5 + len(_SUMS)))})"
+_READ_TOTAL = f"SELECT {', '.join(_KEPT)} FROM total {_WHERE_TOTAL}"
+_WRITE_TOTAL = f"INSERT OR REPLACE INTO total VALUES ({', '.join('?' * (5 + len(_KEPT)))})"
+
+#: What an `append` raises when a record cannot be stored, now or later.
+_REFUSALS = (sqlite3.DataError, sqlite3.IntegrityError, OverflowError, ValueError)
 
 #: Day, principal, model, provider.
 _Key = tuple[int, str, str, str]
@@ -105,7 +113,7 @@ class SQLiteLedger:
 
     def _do(self, act: Callable[..., T], *arguments: object) -> Deferred[T]:
         if self._file is None:
-            return fail(RuntimeError("the ledger is not open"))
+            return fail(StorageError(f"{self._path} is not open"))
         return deferToThreadPool(self._reactor, self._thread, act, self._file, *arguments)
 
     def append(self, records: Sequence[Record]) -> Deferred[int]:
@@ -141,18 +149,22 @@ class SQLiteLedger:
     def prune(
         self, *, older_than: int | None = None, max_records: int | None = None, step: int = 500
     ) -> Deferred[int]:
-        """Forget records; each step takes its turn among the other calls."""
+        """
+        Forget records; each step takes its turn among the other calls.
+
+        Several may do so at the same time on one file, and forget no more than one would.
+        """
         return Deferred.fromCoroutine(self._prune(older_than, max_records, step))
 
     async def _prune(self, older_than: int | None, max_records: int | None, step: int) -> int:
-        pruned, excess = 0, 0
-        while older_than is not None and (gone := await self._do(_File.forget, older_than, step)):
-            pruned += gone
+        ends = [] if older_than is None else [(min(older_than - 1, LARGEST_NUMBER), LARGEST_NUMBER)]
         if max_records is not None:
-            excess = await self._do(_File.count) - max_records
-        while excess > 0 and (gone := await self._do(_File.forget, None, min(step, excess))):
+            ends += await self._do(_File.newest_excess, max_records)
+        if not ends:
+            return 0
+        pruned = 0
+        while gone := await self._do(_File.forget, max(ends), step):
             pruned += gone
-            excess -= gone
         return pruned
 
 
@@ -171,7 +183,9 @@ class _File:
                 self._database.close()
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise ConfigurationError([f"{path}: {error}"]) from error
+            words = error.strerror if isinstance(error, OSError) else error
+            complaint = f"{path}: cannot be used: {words}; `path` in [ledger] names the file"
+            raise ConfigurationError([complaint]) from error
 
     def close(self) -> None:
         self._database.close()
@@ -179,14 +193,20 @@ class _File:
     # Writing.
 
     def append(self, records: Iterable[Record]) -> int:
+        try:
+            return self._append(records)
+        except _REFUSALS as error:
+            raise RecordRefused(f"the ledger cannot hold it: {error}") from error
+
+    def _append(self, records: Iterable[Record]) -> int:
         sums: dict[_Key, list[int]] = {}
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             for record in records:
-                if self._database.execute(_INSERT, _row(record)).rowcount:
-                    _add(sums.setdefault(_key(record), [0] * (len(_SUMS) - 1)), _summands(record))
+                if self._database.execute(_INSERT, columns_of(record)).rowcount:
+                    _add(sums.setdefault(total_of(record), [0] * len(SUMS)), summands(record))
             new = sum(requests for requests, *_ in sums.values())
-            for grouping in _GROUPINGS:
+            for grouping in GROUPINGS:
                 for key, more in _grouped(sums, grouping).items():
                     self._add_to_total((",".join(grouping), *key), more)
         return new
@@ -200,22 +220,23 @@ class _File:
         fitting = [*counts, *divmod(cost, DOLLAR)]
         self._database.execute(_WRITE_TOTAL, (*key, *(min(number, LARGEST_SUM) for number in fitting)))
 
-    def forget(self, older_than: int | None, most: int) -> int:
-        where = "" if older_than is None else "WHERE accepted_at < :older_than"
-        oldest = f"SELECT number FROM record {where} ORDER BY accepted_at, number LIMIT :most"
-        statement = f"DELETE FROM record WHERE number IN ({oldest})"
+    def forget(self, newest: Sequence[int], most: int) -> int:
+        """Forget the oldest records, up to and with one, and return how many: at most so many."""
+        oldest = "SELECT number FROM record WHERE (accepted_at, number) <= (?, ?)"
+        statement = f"DELETE FROM record WHERE number IN ({oldest} ORDER BY accepted_at, number LIMIT ?)"
         with self._database:
-            return self._database.execute(statement, {"older_than": older_than, "most": most}).rowcount
+            return self._database.execute(statement, (*newest, most)).rowcount
 
     # Reading.
 
     def get(self, name: str) -> Record | None:
-        row = self._database.execute("SELECT body FROM record WHERE id = ?", (name,)).fetchone()
+        row = self._database.execute("SELECT body FROM record WHERE id = ?", (clean(name),)).fetchone()
         return None if row is None else decode_record(row[0])
 
-    def count(self) -> int:
-        (number,) = self._database.execute("SELECT COUNT(*) FROM record").fetchone()
-        return int(number)
+    def newest_excess(self, max_records: int) -> list[tuple[int, int]]:
+        """Return time and number of the newest record beyond so many; nothing if there are no more."""
+        newest = "SELECT accepted_at, number FROM record ORDER BY accepted_at DESC, number DESC"
+        return self._database.execute(f"{newest} LIMIT 1 OFFSET ?", (max(max_records, 0),)).fetchall()
 
     def page(
         self,
@@ -225,9 +246,7 @@ class _File:
         before: str | None,
         limit: int,
     ) -> Page:
-        conditions = {
-            f"{column} = ?": wanted[column] for column in _by_rarity(wanted) if wanted[column] is not None
-        }
+        conditions = {f"{column} = ?": searchable(wanted[column] or "") for column in by_rarity(wanted)}
         # A `+` keeps SQLite from choosing the index of a column that leaves more.
         conditions = {f"{'+' * bool(n)}{each}": conditions[each] for n, each in enumerate(conditions)}
         bounds: dict[str, Any] = {"accepted_at >= ?": since, "accepted_at < ?": until}
@@ -236,67 +255,33 @@ class _File:
         clauses = list(conditions)
         if before is not None:
             clauses.append("(accepted_at, number) < (?, ?)")
-            values += _read_cursor(before)
+            values += read_cursor(before)
         where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
         query = f"SELECT accepted_at, number, body FROM record {where} ORDER BY accepted_at DESC, number DESC"
         rows = self._database.execute(f"{query} LIMIT ?", (*values, limit + 1)).fetchall()
         more = len(rows) > limit
         records = tuple(decode_record(body) for _, _, body in rows[:limit])
-        return Page(records, _cursor(*rows[limit - 1][:2]) if more else None)
+        return Page(records, cursor_of(*rows[limit - 1][:2]) if more else None)
 
     def totals(self, by: Collection[str], since: date | None, until: date | None) -> list[Total]:
-        if not set(by) <= set(_GROUPS):
-            raise ValueError(f"totals are by {', '.join(_GROUPS)}, not by {', '.join(by)}")
-        groups = [group for group in _GROUPS if group in by]
-        grouping = min((each for each in _GROUPINGS if set(by) <= {*each, "day"}), key=len)
-        sums = [f"SUM({column})" for column in _SUMS]
+        groups, grouping = asked_for(by)
+        sums = [f"SUM({column})" for column in _KEPT]
         query = f"SELECT {', '.join([*groups, *sums])} FROM total WHERE by = ? AND day >= ? AND day < ?"
         if groups:
             query += f" GROUP BY {', '.join(groups)} ORDER BY {', '.join(groups)}"
-        bounds = (",".join(grouping), _number(since or date.min), _number(until or date.max))
+        bounds = (grouping, *day_numbers(since, until))
         with closing(self._database.execute(query, bounds)) as rows:
             return [_total(groups, row) for row in rows if row[len(groups)]]
-
-
-# Rows.
-
-
-def _by_rarity(wanted: dict[str, str | None]) -> tuple[str, ...]:
-    """Return the columns of filters, first the one that probably leaves least."""
-    others = ("principal", "model", "provider")
-    return (*others, "reason") if wanted["reason"] == "complete" else ("reason", *others)
-
-
-def _row(record: Record) -> tuple[str | int, ...]:
-    who = (record.principal or "", record.model, record.provider, record.reason)
-    return (record.id, record.accepted_at, *who, encode(record).decode())
-
-
-def _key(record: Record) -> _Key:
-    # A request that reached nobody may name a model that there is not: rows would grow without end.
-    model = record.model if record.provider or record.cache_hit else ""
-    return record.accepted_at // _DAY, record.principal or "", model, record.provider
 
 
 def _grouped(sums: dict[_Key, list[int]], grouping: Collection[str]) -> dict[_Key, list[int]]:
     found: dict[_Key, list[int]] = {}
     for (day, *names), more in sums.items():
         principal, model, provider = (
-            value if name in grouping else "" for name, value in zip(_NAMES, names, strict=True)
+            value if name in grouping else "" for name, value in zip(NAMES, names, strict=True)
         )
         _add(found.setdefault((day, principal, model, provider), [0] * len(more)), more)
     return found
-
-
-def _summands(record: Record) -> list[int]:
-    usage = record.usage or _NO_TOKENS
-    return [
-        1,
-        record.cost is None,
-        record.estimated,
-        *(getattr(usage, name) for name in _TOKENS),
-        record.cost or 0,
-    ]
 
 
 def _add(sums: list[int], more: Sequence[int]) -> None:
@@ -304,25 +289,6 @@ def _add(sums: list[int], more: Sequence[int]) -> None:
 
 
 def _total(groups: Sequence[str], row: Sequence[Any]) -> Total:
-    named: dict[str, Any] = dict(zip((*groups, *_SUMS), row, strict=True))
-    named["cost"] = named.pop("cost_dollars") * DOLLAR + named.pop("cost_rest")
-    if "day" in named:
-        named["day"] = _EPOCH + timedelta(days=named["day"])
-    return Total(**named)
-
-
-def _number(day: date) -> int:
-    return (day - _EPOCH).days
-
-
-def _cursor(accepted_at: int, number: int) -> str:
-    return urlsafe_b64encode(f"{accepted_at}.{number}".encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> tuple[int, int]:
-    try:
-        text = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        accepted_at, number = text.split(".")
-        return int(accepted_at), int(number)
-    except ValueError:
-        raise ValueError("`before` is not one that a page had") from None
+    named: dict[str, Any] = dict(zip((*groups, *_KEPT), row, strict=True))
+    cost = named.pop("cost_dollars") * DOLLAR + named.pop("cost_rest")
+    return total_from({**named, "cost": cost})

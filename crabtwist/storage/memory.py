@@ -1,8 +1,8 @@
-"""A store in this process's memory: the default, lost when the process ends."""
+"""A store in this process's memory, lost when the process ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Any
@@ -14,6 +14,7 @@ from zope.interface import implementer
 from crabtwist.interfaces import IStorage
 
 _Place = tuple[str, bytes]
+_Boards = dict[bytes, dict[bytes, bytes]]
 
 
 @attrs.define
@@ -76,14 +77,18 @@ class MemoryStorage:
     """
     See `IStorage`.
 
-    Values and counters are kept apart: one of each may have the same key.  A `ttl_seconds` of 0 or less
-    has passed at once.  What was kept is gone after `close`.
+    Values, counters and boards are kept apart: one of each may have the same key.  A `ttl_seconds` of 0 or
+    less has passed at once.  What was kept is gone after `close`.
     """
+
+    between_nodes = False
 
     def __init__(self, _settings: object, services: Any) -> None:
         self._clock = services.clock
         self._values = _Shelf()
         self._counters = _Shelf()
+        self._boards = _Shelf()
+        self._shelves = (self._values, self._counters, self._boards)
 
     def open(self) -> Deferred[None]:
         """Fire at once."""
@@ -91,8 +96,8 @@ class MemoryStorage:
 
     def close(self) -> Deferred[None]:
         """Forget everything."""
-        self._values.clear()
-        self._counters.clear()
+        for shelf in self._shelves:
+            shelf.clear()
         return succeed(None)
 
     def get(self, namespace: str, key: bytes) -> Deferred[bytes | None]:
@@ -127,15 +132,34 @@ class MemoryStorage:
         return succeed(self._values.items(namespace, prefix))
 
     def delete(self, namespace: str, key: bytes) -> Deferred[None]:
-        """Forget the value and the counter of a key."""
-        self._values.drop((namespace, key))
-        self._counters.drop((namespace, key))
+        """Forget the value, the counter and the board of a key."""
+        for shelf in self._shelves:
+            shelf.drop((namespace, key))
         return succeed(None)
+
+    def post(
+        self, namespace: str, member: bytes, notes: Mapping[bytes, bytes], ttl_seconds: float | None = None
+    ) -> Deferred[_Boards]:
+        """Put up a member's notes, and return the boards that they are on."""
+        self._forget_expired()
+        expires_at = self._expires_at(ttl_seconds)
+        found = {}
+        for key, note in notes.items():
+            entry = self._boards.get((namespace, key))
+            board = {**({} if entry is None else entry.value), member: note}
+            self._boards.put((namespace, key), board, expires_at)
+            found[key] = dict(board)
+        return succeed(found)
+
+    def boards(self, namespace: str) -> Deferred[_Boards]:
+        """Return all boards of a namespace."""
+        self._forget_expired()
+        return succeed({key: dict(board) for key, board in self._boards.items(namespace, b"")})
 
     def _expires_at(self, ttl_seconds: float | None) -> float:
         return inf if ttl_seconds is None else self._clock.seconds() + ttl_seconds
 
     def _forget_expired(self) -> None:
         now = self._clock.seconds()
-        self._values.forget_expired(now)
-        self._counters.forget_expired(now)
+        for shelf in self._shelves:
+            shelf.forget_expired(now)

@@ -9,7 +9,7 @@ end for a server that is gone, and one reply too late while it logs in makes it 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -25,11 +25,13 @@ from zope.interface import implementer
 from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import Secret, not_blank, positive
+from crabtwist.storage import redis_boards
 from crabtwist.storage.migrations import MOST_WAITING, closed, overloaded
+from crabtwist.storage.redis_boards import Boards
 
 #: How long a server that could not be reached is left alone; calls fail at once in that time.
 RETRY_SECONDS = 0.2
-#: How many keys one step of a list looks at.
+#: How many keys one step of `list` and `boards` looks at.
 SCAN_KEYS = 500
 #: Beyond that a time to live is no different from none.
 LONGEST_TTL_MILLISECONDS = 100 * 365 * 86400 * 1000
@@ -164,13 +166,14 @@ class RedisStorage:
     """
     See `IStorage`; calls fail with `StorageError`, within `connect_timeout` and `reply_timeout` together.
 
-    Values and counters are kept apart, as in memory.  Counters are 64-bit; one that would not fit keeps
-    its total, and the increment fails.  Time is the server's.  `list` looks at every key of the database,
-    in steps, each of which may take `reply_timeout`; what is set or deleted meanwhile may be in it or not.
-    `services.clock` has to be a reactor that can connect.
+    Values, counters and boards are kept apart, as in memory.  Counters are 64-bit; one that would not fit
+    keeps its total, and the increment fails.  Time is the server's.  `list` and `boards` look at every key
+    of the database, in steps, each of which may take `reply_timeout`; what is set or deleted meanwhile may
+    be in it or not.  `services.clock` has to be a reactor that can connect.
     """
 
     Settings = RedisSettings
+    between_nodes = True
 
     def __init__(self, settings: RedisSettings, services: Any) -> None:
         self._settings = settings
@@ -234,31 +237,53 @@ class RedisStorage:
     def list(self, namespace: str, prefix: bytes = b"") -> Deferred[Sequence[tuple[bytes, bytes]]]:
         """Return the values whose keys begin so, sorted by key."""
         begin = len(self._place(b"v", namespace, b""))
-        pattern = _GLOB.sub(rb"\\\g<0>", self._place(b"v", namespace, prefix)) + b"*"
+        first = self._place(b"v", namespace, prefix)
 
         async def talk(redis: Any) -> Sequence[tuple[bytes, bytes]]:
-            # A key may come more than once.
             found: dict[bytes, bytes] = {}
-            cursor: Any = 0
-            while True:
-                cursor, places = await redis.execute_command(
-                    "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS
-                )
-                values = await redis.execute_command("MGET", *places) if places else []
+            async for places in _scan(redis, first):
+                values = await redis.execute_command("MGET", *places)
                 found.update(
                     (p[begin:], value) for p, value in zip(places, values, strict=True) if value is not None
                 )
-                if int(cursor) == 0:
-                    return sorted(found.items())
+            return sorted(found.items())
 
         return self._ask(talk)
 
     def delete(self, namespace: str, key: bytes) -> Deferred[None]:
-        """Forget the value and the counter of a key."""
-        places = [self._place(kind, namespace, key) for kind in (b"v", b"c")]
+        """Forget the value, the counter and the board of a key."""
+        places = [self._place(kind, namespace, key) for kind in (b"v", b"c", b"b")]
 
         async def talk(redis: Any) -> None:
             await redis.execute_command("DEL", *places)
+
+        return self._ask(talk)
+
+    def post(
+        self, namespace: str, member: bytes, notes: Mapping[bytes, bytes], ttl_seconds: float | None = None
+    ) -> Deferred[Boards]:
+        """Put up a member's notes, and return the boards that they are on; all at once."""
+        milliseconds = _milliseconds(ttl_seconds)
+        arguments = [member, "" if milliseconds is None else str(milliseconds), *notes.values()]
+        stem, keys = self._place(b"b", namespace, b""), tuple(notes)
+
+        async def talk(redis: Any) -> Boards:
+            reply = await redis.eval(redis_boards.POST, [stem + key for key in keys], arguments)
+            return redis_boards.told(keys, reply)
+
+        return self._ask(talk)
+
+    def boards(self, namespace: str) -> Deferred[Boards]:
+        """Return all boards of a namespace."""
+        stem = self._place(b"b", namespace, b"")
+
+        async def talk(redis: Any) -> Boards:
+            found: Boards = {}
+            async for places in _scan(redis, stem):
+                reply = await redis.eval(redis_boards.READ, places)
+                found.update(redis_boards.told([place[len(stem) :] for place in places], reply))
+            # One that has gone since it was found has no notes.
+            return {key: board for key, board in found.items() if board}
 
         return self._ask(talk)
 
@@ -288,6 +313,19 @@ class RedisStorage:
             idle, self._idle = self._idle, None
             idle.callback(None)
         return outcome
+
+
+async def _scan(redis: Any, first: bytes) -> AsyncIterator[Sequence[bytes]]:
+    """Yield the keys that begin so, some at a time; a key may come more than once."""
+    pattern = _GLOB.sub(rb"\\\g<0>", first) + b"*"
+    cursor = 0
+    while True:
+        reply = await redis.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS)
+        cursor, places = int(reply[0]), reply[1]
+        if places:
+            yield places
+        if cursor == 0:
+            return
 
 
 def _milliseconds(ttl_seconds: float | None) -> int | None:

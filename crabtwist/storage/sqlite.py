@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from zope.interface import implementer
 from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import not_blank, not_negative, positive
+from crabtwist.storage import sqlite_boards
 from crabtwist.storage.migrations import (
     MOST_WAITING,
     Step,
@@ -34,6 +35,7 @@ from crabtwist.storage.migrations import (
     overloaded,
     steps_after,
 )
+from crabtwist.storage.sqlite_boards import Boards
 
 #: Says in the file's header whose it is ("ctwi"), see https://www.sqlite.org/pragma.html#pragma_application_id.
 APPLICATION_ID = 0x63747769
@@ -52,6 +54,7 @@ STEPS: Sequence[Step] = (
             PRIMARY KEY (namespace, key))""",
         "CREATE INDEX counter_expiry ON counter (expires_at) WHERE expires_at IS NOT NULL",
     ),
+    sqlite_boards.STEP,
 )
 
 #: How many calls share one transaction at most: other processes want to write too.
@@ -75,10 +78,12 @@ _LIST = """
 _DELETE = (
     "DELETE FROM entry WHERE namespace = ? AND key = ?",
     "DELETE FROM counter WHERE namespace = ? AND key = ?",
+    sqlite_boards.DELETE,
 )
 _SWEEP = (
     "DELETE FROM entry WHERE rowid IN (SELECT rowid FROM entry WHERE expires_at <= ? LIMIT ?)",
     "DELETE FROM counter WHERE rowid IN (SELECT rowid FROM counter WHERE expires_at <= ? LIMIT ?)",
+    sqlite_boards.SWEEP,
 )
 
 
@@ -125,7 +130,9 @@ class _File:
                 self._database.close()
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"{self._where} cannot be used: {_words(error)}") from error
+            raise StorageError(
+                f"{self._where} cannot be used: {_words(error)}; `path` in [storage] names the file"
+            ) from error
 
     def do(self, calls: Sequence[_Call]) -> list[Any]:
         """Do all in one transaction; return what each gave, or its Failure."""
@@ -193,12 +200,13 @@ class SQLiteStorage:
     """
     See `IStorage`; calls fail with `StorageError`.
 
-    Values and counters are kept apart, as in memory.  Counters are 64-bit; one that would not fit keeps
-    its total, and the increment fails.  Time is the clock's at the moment of the call.  What a call did
-    is committed when its Deferred fires.  `services.clock` has to provide `IReactorFromThreads` as well.
+    Values, counters and boards are kept apart, as in memory.  Counters are 64-bit; one that would not fit
+    keeps its total, and the increment fails.  Time is the clock's at the moment of the call.  What a call
+    did is committed when its Deferred fires.  `services.clock` has to provide `IReactorFromThreads` as well.
     """
 
     Settings = SQLiteSettings
+    between_nodes = False
     _log = Logger()
 
     def __init__(self, settings: SQLiteSettings, services: Any) -> None:
@@ -292,13 +300,25 @@ class SQLiteStorage:
         return self._ask(lambda database: database.execute(_LIST, values).fetchall(), writes=False)
 
     def delete(self, namespace: str, key: bytes) -> Deferred[None]:
-        """Forget the value and the counter of a key."""
+        """Forget the value, the counter and the board of a key."""
 
         def work(database: sqlite3.Connection) -> None:
             for statement in _DELETE:
                 database.execute(statement, (namespace, key))
 
         return self._ask(work)
+
+    def post(
+        self, namespace: str, member: bytes, notes: Mapping[bytes, bytes], ttl_seconds: float | None = None
+    ) -> Deferred[Boards]:
+        """Put up a member's notes, and return the boards that they are on."""
+        arguments = (namespace, member, dict(notes), self._reactor.seconds(), self._expires_at(ttl_seconds))
+        return self._ask(lambda database: sqlite_boards.post(database, *arguments))
+
+    def boards(self, namespace: str) -> Deferred[Boards]:
+        """Return all boards of a namespace."""
+        now = self._reactor.seconds()
+        return self._ask(lambda database: sqlite_boards.read(database, namespace, now), writes=False)
 
     def _ask(self, work: Work, *, writes: bool = True) -> Deferred[Any]:
         if self._file is None:

@@ -9,7 +9,9 @@ from crabtwist.errors import Refusal
 from crabtwist.exchange import STOPPING_RETRY_AFTER_SECONDS
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
-from crabtwist.web.answers import path_not_found, send_refusal
+from crabtwist.settings import Secret
+from crabtwist.web.admin_lock import AdminLock
+from crabtwist.web.answers import is_for_admin, path_not_found, send_refusal
 
 #: Where everything is that needs a key.
 LOCKED = b"/v1/"
@@ -18,6 +20,9 @@ LOCKED = b"/v1/"
 #: reads `/%761/messages` or `//v1/messages` as `/v1/messages` must not lead around the lock.
 OPEN_PATHS = frozenset({b"/", b"/api/hello", b"/health", b"/metrics", b"/ready"})
 
+#: What anybody may read who knows that there is an admin API; it is not told where there is none.
+DOCUMENT_PATHS = frozenset({b"/docs", b"/openapi.json"})
+
 
 class Admission:
     """
@@ -25,23 +30,31 @@ class Admission:
 
     Called with the request; returns the `Refusal`, or None after having set the request's `admission` to
     the `VirtualKey`, or to None in a gateway that serves anybody.  `OPEN_PATHS` are for all, what is `LOCKED`
-    for those with a key, and nothing else is there.
+    for those with a key, and nothing else is there but, with an `admin_token`, `DOCUMENT_PATHS`.  What is
+    for administrators no key opens, but the
+    admin token alone: `admission` is an `Administrator` there, and nowhere else.  Without one, `admin_token`
+    None, there is nothing for them.
     """
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, admin_token: Secret | None = None) -> None:
         self._gateway = gateway
+        self._admin_lock = AdminLock(admin_token, gateway.clock)
+        self._open_paths = OPEN_PATHS if admin_token is None else OPEN_PATHS | DOCUMENT_PATHS
 
     def __call__(self, request: Any) -> Refusal | None:
         """Admit or refuse."""
         try:
-            if request.path in OPEN_PATHS:
+            if request.path in self._open_paths:
                 _refuse_body(request.requestHeaders)
                 return None
             if not request.path.startswith(LOCKED):
                 raise path_not_found(request.path)
             self._refuse_while_draining()
             _refuse_unreadable(request.path)
-            request.admission = self._authenticated(request.requestHeaders)
+            if is_for_admin(request.path):
+                request.admission = self._admin_lock.admit(request)
+            else:
+                request.admission = self._authenticated(request.requestHeaders)
             _refuse_encoded(request.requestHeaders)
         except Refusal as refusal:
             return refusal
@@ -68,9 +81,11 @@ class Admission:
         secret = credential(
             headers.getRawHeaders(b"authorization", []), headers.getRawHeaders(b"x-api-key", [])
         )
-        key = keys.authenticate(secret)
+        now = self._gateway.clock.seconds()
+        key = keys.authenticate(secret, now)
         if key is None:
             raise Refusal(401, "unknown_key", "this key is not known here; check the key and the base URL")
+        key.check(now)
         return key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -12,6 +13,14 @@ from crabtwist.downstream import REQUEST_ID, refusal_answer
 from crabtwist.errors import Refusal
 from crabtwist.gateway import new_request_id
 from crabtwist.values import Answer, Headers
+
+#: Where everything is that needs the admin token, as a router reads it: decoded.
+ADMIN = b"/v1/admin/"
+
+
+def is_for_admin(path: bytes) -> bool:
+    """Tell whether a path, as it was sent, leads to where the admin token is needed."""
+    return (unquote_to_bytes(path) + b"/").startswith(ADMIN)
 
 
 def asks_as_anthropic(request: Any) -> bool:
@@ -26,8 +35,9 @@ def path_not_found(path: bytes) -> Refusal:
 
 
 def dialect_for(request: Any) -> Dialect:
-    """Return the dialect in which to answer a request."""
-    return dialect_of(request.path, anthropic_client=asks_as_anthropic(request))
+    """Return the dialect in which to answer a request; whoever administers is always told OpenAI's way."""
+    anthropic_client = asks_as_anthropic(request) and not is_for_admin(request.path)
+    return dialect_of(request.path, anthropic_client=anthropic_client)
 
 
 def say(request: Any, answer: Answer) -> bytes:
@@ -55,7 +65,7 @@ def say_refusal(request: Any, refusal: Refusal) -> bytes:
 def refuse_unread(refusal: Refusal, path: bytes) -> tuple[Headers, bytes]:
     """Return the fields and body that refuse what is no request; its path is all that tells the dialect."""
     request_id = new_request_id()
-    answer = refusal_answer(refusal, dialect_of(path, anthropic_client=True), request_id)
+    answer = refusal_answer(refusal, dialect_of(path, anthropic_client=not is_for_admin(path)), request_id)
     return (*answer.headers, (REQUEST_ID, request_id.encode())), answer.body
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from klein import Klein
@@ -13,6 +14,7 @@ from werkzeug.routing import RequestRedirect
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway import Gateway
 from crabtwist.web.answers import path_not_found, say_refusal
+from crabtwist.web.extensions import add_extensions
 from crabtwist.web.models import add_models
 from crabtwist.web.operations import add_operations
 from crabtwist.web.process import add_process
@@ -20,8 +22,12 @@ from crabtwist.web.process import add_process
 _log = Logger()
 
 
-def make_app(gateway: Gateway) -> Klein:
-    """Return the application; its resource goes under a `Site`."""
+def make_app(gateway: Gateway, extensions: Sequence[Any] = ()) -> Klein:
+    """
+    Return the application; its resource goes under a `Site`.
+
+    `extensions` may show something to administrators.  Raises `ConfigurationError` if one cannot.
+    """
     app = Klein()
     # A redirect would make clients repeat a POST, or give up.
     app.url_map.strict_slashes = False
@@ -29,6 +35,7 @@ def make_app(gateway: Gateway) -> Klein:
     add_operations(app, gateway)
     add_models(app, gateway)
     add_process(app, gateway)
+    add_extensions(app, extensions)
     _add_errors(app, gateway)
     return app
 

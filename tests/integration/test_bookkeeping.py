@@ -16,8 +16,6 @@ from crabtwist.records import Record, decode_record
 from tests.integration.running import RunningGateway
 
 CONFIGURATION = """
-[ledger]
-
 [[keys]]
 name = "tester"
 key = "sk-ct-test"
@@ -47,11 +45,15 @@ class BookkeepingTests(SynchronousTestCase):
         """Have a folder for the gateway."""
         self.directory = Path(self.mktemp()).absolute()
         self.directory.mkdir()
-        (self.directory / "crabtwist.toml").write_text(CONFIGURATION)
+        self.write()
 
-    def start(self) -> RunningGateway:
+    def write(self, ledger: str = "") -> None:
+        """Write the configuration, with a `[ledger]` or without."""
+        (self.directory / "crabtwist.toml").write_text(CONFIGURATION + ledger)
+
+    def start(self, *arguments: str) -> RunningGateway:
         """Start the gateway."""
-        gateway = RunningGateway(self.directory, "-l", "127.0.0.1:0")
+        gateway = RunningGateway(self.directory, "-l", "127.0.0.1:0", *arguments)
         self.addCleanup(gateway.kill)
         return gateway
 
@@ -71,6 +73,12 @@ class BookkeepingTests(SynchronousTestCase):
         found = [decode_record(row[0].encode()) for row in rows]
         self.assertEqual(len(found), len({each.id for each in found}))
         return {each.reason: each for each in found}
+
+    def count(self) -> int:
+        """Return how many records there are."""
+        with sqlite3.connect(self.directory / "crabtwist-ledger.db") as database:
+            (number,) = database.execute("SELECT COUNT(*) FROM record").fetchone()
+        return int(number)
 
     def test_every_end(self) -> None:
         """Complete, refused and abandoned requests are there, with what they cost."""
@@ -112,3 +120,49 @@ class BookkeepingTests(SynchronousTestCase):
         self.assertIn("not started", str(error))
         self.assertIn("crabtwist-ledger.db", str(error))
         self.assertNotIn("Starting factory", str(error))
+
+    def test_nothing_else(self) -> None:
+        """Without `[storage]` and `[ledger]` all is in files beside the configuration, its owner's alone."""
+        gateway = self.start()
+        self.ask(gateway).read()
+        gateway.stop()
+        places = {place.name: place.stat().st_mode & 0o077 for place in self.directory.iterdir()}
+        expected = {"crabtwist.db", "crabtwist-ledger.db", "crabtwist-journal"}
+        self.assertEqual(expected, places.keys() - {"crabtwist.toml"})
+        self.assertEqual({0}, {places[name] for name in expected})
+
+    def test_none(self) -> None:
+        """With no ledger nothing is noted and the gateway serves all the same."""
+        self.write('[ledger]\nkind = "none"\n[storage]\nkind = "memory"\n')
+        gateway = self.start()
+        self.assertEqual(200, self.ask(gateway).status)
+        gateway.stop()
+        self.assertEqual(["crabtwist.toml"], [place.name for place in self.directory.iterdir()])
+
+    def test_two_in_one_folder(self) -> None:
+        """A second gateway in a folder says what to do; with a journal of its own both write one ledger."""
+        first = self.start()
+        error = self.assertRaises(AssertionError, self.start)
+        for words in (
+            "not started",
+            "crabtwist-journal: another process has this journal",
+            "`journal` in [ledger]",
+        ):
+            self.assertIn(words, str(error))
+        self.assertNotIn("Starting factory", str(error))
+        self.write('[ledger]\njournal = "other/journal"\n')
+        second = self.start()
+        for gateway in (first, second):
+            self.ask(gateway).read()
+        second.stop()
+        first.stop()
+        self.assertEqual(2, self.count())
+
+    def test_no_such_place(self) -> None:
+        """A file that cannot be where it should is told with the setting that names its place."""
+        for section, key in (("ledger", "journal"), ("ledger", "path"), ("storage", "path")):
+            self.write(f'[{section}]\n{key} = "crabtwist.toml/x"\n')
+            error = self.assertRaises(AssertionError, self.start)
+            self.assertIn("crabtwist.toml/x", str(error))
+            self.assertIn("Not a directory", str(error))
+            self.assertIn(f"`{key}` in [{section}]", str(error))

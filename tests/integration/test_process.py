@@ -192,7 +192,9 @@ class TestStart(Case):
         done = twistd(self.directory, "--check", "-l", "127.0.0.1:1")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         expected = ["would listen on 127.0.0.1:1", "provider echo (echo): echo", "alias fast: echo"]
-        self.assertEqual(done.stdout.splitlines(), [*expected, "key first: *", "storage memory"])
+        self.assertEqual(
+            done.stdout.splitlines(), [*expected, "key first: *", "storage sqlite", "ledger sqlite"]
+        )
 
     def test_check_without_file(self) -> None:
         """`--check` writes no configuration where there is none."""

@@ -11,7 +11,8 @@ from twisted.trial.unittest import SkipTest
 
 from crabtwist.settings import Secret
 from crabtwist.storage import postgres
-from crabtwist.storage.postgres import PostgresSettings, PostgresStorage
+from crabtwist.storage.postgres import PostgresStorage
+from crabtwist.storage.postgres_lane import PostgresSettings
 from crabtwist.storage.redis import RedisSettings, RedisStorage
 from crabtwist.testing import FakeServices
 from tests import storage_contract
@@ -102,6 +103,22 @@ class TestPostgresStorage(storage_contract.ServedStorageContract):
         self.assertEqual(await stores[0].get("n", b"k"), b"v")
         self.assertEqual(await deferToThread(self.run_sql, "SELECT * FROM later"), [(1,)])
 
+    async def test_schema_without_boards(self) -> None:
+        """A schema from before there were boards gets them, and keeps what it holds."""
+        await self.move()
+        now = postgres.STEPS
+        self.patch(postgres, "STEPS", now[:1])
+        old = await self.opened()
+        await old.set("n", b"k", b"v")
+        self.patch(postgres, "STEPS", now)
+        new = await self.opened()
+        await new.post("n", b"m", {b"k": b"note"})
+        self.assertEqual((await old.get("n", b"k"), await new.boards("n")), (b"v", {b"k": {b"m": b"note"}}))
+
+    def test_for_several_nodes(self) -> None:
+        """Other nodes see the same."""
+        self.assertIs(self.store.between_nodes, True)
+
     async def test_newer_schema(self) -> None:
         """A newer schema is refused."""
         await deferToThread(self.run_sql, "UPDATE crabtwist_schema SET version = 99")
@@ -114,11 +131,44 @@ class TestPostgresStorage(storage_contract.ServedStorageContract):
         self.addCleanup(store.close)
         await store.set("n", b"k", b"v", ttl_seconds=0.1)
         await store.increment("n", b"k", 1, ttl_seconds=0.1)
-        count = "SELECT (SELECT count(*) FROM crabtwist_entry) + (SELECT count(*) FROM crabtwist_counter)"
+        await store.post("n", b"m", {b"k": b"v"}, ttl_seconds=0.1)
+        tables = ("crabtwist_entry", "crabtwist_counter", "crabtwist_note")
+        count = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in tables)
         deadline = self.reactor.seconds() + 5
         while await deferToThread(self.run_sql, count) != [(0,)]:
             self.assertLess(self.reactor.seconds(), deadline)
             await self.pass_time(0.05)
+
+    async def test_sweeping_leaves_live_boards(self) -> None:
+        """A board is swept whole when its latest note's time is over, and not touched before."""
+        for key, ttls in ((b"dead", (None, 0.5)), (b"alive", (0.5, None)), (b"longer", (0.5, 600))):
+            for number, ttl in enumerate(ttls):
+                await self.store.post("n", b"%d" % number, {key: b"v"}, ttl_seconds=ttl)
+        await self.pass_time(0.5)
+        await self.store._sweep()
+        rows = await deferToThread(
+            self.run_sql, "SELECT key, count(*) FROM crabtwist_note GROUP BY key ORDER BY key"
+        )
+        self.assertEqual(rows, [(b"alive", 2), (b"longer", 2)])
+
+    async def test_sweeping_in_steps(self) -> None:
+        """Dead boards go a few at a time, until none is left."""
+        self.patch(postgres, "SWEEP_ROWS", 7)
+        for member in (b"a", b"b"):
+            await self.store.post("n", member, {b"%d" % n: b"v" for n in range(50)}, ttl_seconds=0.1)
+        await self.pass_time(0.1)
+        await self.store._sweep()
+        self.assertEqual(await deferToThread(self.run_sql, "SELECT count(*) FROM crabtwist_note"), [(0,)])
+
+    async def test_posting_waits_for_nobody(self) -> None:
+        """A node that keeps its notes locked holds up no other that posts to the same boards."""
+        await self.lose_patience()
+        await self.store.post("n", b"a", {b"k": b"1"})
+        with psycopg.connect(self.server.dsn) as other:
+            other.execute(f"UPDATE test_{self.number}.crabtwist_note SET note = '2'".encode())
+            found = await self.store.post("n", b"b", {b"k": b"3"})
+            other.commit()
+        self.assertEqual(found, {b"k": {b"a": b"1", b"b": b"3"}})
 
     async def test_locked_row(self) -> None:
         """A row that somebody else keeps locked fails its callers in time, and no others."""
@@ -190,6 +240,8 @@ class TestRedisStorage(storage_contract.ServedStorageContract):
         await other.open()
         self.addCleanup(other.close)
         self.assertEqual((await other.get("n", b"k"), await other.list("n")), (None, []))
+        await self.store.post("n", b"m", {b"k": b"v"})
+        self.assertEqual(await other.boards("n"), {})
 
     async def test_databases(self) -> None:
         """The number in the URL says which database."""
@@ -206,6 +258,26 @@ class TestRedisStorage(storage_contract.ServedStorageContract):
         await self.store.increment("n", b"k", 1)
         await deferToThread(self.server.say, b"SCRIPT FLUSH")
         self.assertEqual(await self.store.increment("n", b"k", 1), 3)
+
+    def test_for_several_nodes(self) -> None:
+        """Other nodes see the same."""
+        self.assertIs(self.store.between_nodes, True)
+
+    async def test_server_forgets_how_to_post(self) -> None:
+        """Posting and reading go on when the server has forgotten how."""
+        for note in (b"1", b"2"):
+            await self.store.post("n", b"m", {b"k": note})
+            self.assertEqual(await self.store.boards("n"), {b"k": {b"m": note}})
+            await deferToThread(self.server.say, b"SCRIPT FLUSH")
+        self.assertEqual(await self.store.boards("n"), {b"k": {b"m": b"2"}})
+
+    async def test_boards_expire_on_the_server(self) -> None:
+        """A board with a time has it on the server, also if its store dies then; another one has none."""
+        await self.store.post("n", b"m", {b"k": b"v"}, ttl_seconds=600)
+        milliseconds = int(await self._ttl(b"b:n:k"))
+        self.assertTrue(590_000 < milliseconds <= 600_000, milliseconds)
+        await self.store.post("n", b"m", {b"k": b"v"})
+        self.assertEqual(int(await self._ttl(b"b:n:k")), -1)
 
     async def test_counters_expire_on_the_server(self) -> None:
         """A counter with a time has it from its first increment on, also if its store dies then."""

@@ -1,0 +1,108 @@
+"""
+The audit's lines on their way into the file, and what becomes of them while it takes none.
+
+They wait in memory, up to a bound, and are written when the file takes them again, in order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from twisted.logger import Logger
+
+from crabtwist.extensions.rotating_file import RotatingFile
+
+#: How often a file that took no line is tried again.
+RETRY_SECONDS = 1.0
+
+#: What may wait; lines that come when there is no room are lost, and counted.
+MOST_WAITING_BYTES = 2**20
+
+
+class Trail:
+    """
+    Writes lines to a file, and never raises for it.
+
+    `failures` counts the writes that failed, `lost` the lines that are in no file and never will be.
+    `clock` is what is asked when to try again.
+    """
+
+    _log = Logger()
+
+    def __init__(self, file: RotatingFile, clock: Any) -> None:
+        self.failures = 0
+        self.lost = 0
+        self._file = file
+        self._clock = clock
+        self._is_open = False
+        self._failing = False
+        self._tried_at = 0.0
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+
+    def open(self) -> None:
+        """Open the file.  Raises OSError."""
+        self._file.open()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Write what waits, if the file takes it, and close it."""
+        if self._failing:
+            self._try_again(self._clock.seconds())
+        self._is_open = False
+        self._file.close()
+        if self._waiting:
+            self.lost += len(self._waiting)
+            self._log.critical("the audit ends without {lost} of its lines", lost=self.lost)
+
+    def works(self) -> bool:
+        """Whether the file takes lines, as far as is known; finds out where it did not."""
+        if not self._failing:
+            return True
+        now = self._clock.seconds()
+        return not 0.0 <= now - self._tried_at < RETRY_SECONDS and self._try_again(now)
+
+    def write(self, line: bytes) -> None:
+        """Write a line, its end included, now or later."""
+        if not self._is_open:
+            self.lost += 1
+        elif self._failing and not self.works():
+            self._keep(line)
+        else:
+            self._write_or_keep(line)
+
+    def _write_or_keep(self, line: bytes) -> None:
+        now = self._clock.seconds()
+        try:
+            self._file.append(line, now)
+        except OSError as error:
+            self._failed(error, now)
+            self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        if self._waiting_bytes + len(line) > MOST_WAITING_BYTES:
+            self.lost += 1
+            return
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+
+    def _try_again(self, now: float) -> bool:
+        try:
+            self._file.open()
+            while self._waiting:
+                self._file.append(self._waiting[0], now)
+                self._waiting_bytes -= len(self._waiting.popleft())
+        except OSError as error:
+            self._failed(error, now)
+            return False
+        self._failing = False
+        self._log.info("the audit is written again; {lost} lines were lost so far", lost=self.lost)
+        return True
+
+    def _failed(self, error: OSError, now: float) -> None:
+        self.failures += 1
+        self._tried_at = now
+        if not self._failing:
+            self._failing = True
+            self._log.critical("the audit cannot be written: {why}", why=error)

@@ -1,0 +1,199 @@
+"""
+The `cache` extension: who asks what was asked before is given the answer that was given then.
+
+Whoever asks the same while it is still being answered shares that answer: one upstream call, from whose
+beginning everybody reads at a pace of their own.  Streams are kept and given again as streams.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Literal
+
+import attrs
+import msgspec
+
+from crabtwist.extension import Extension
+from crabtwist.recording import Recording
+from crabtwist.settings import positive
+from crabtwist.values import Context, Headers
+
+#: Says on every answer where it is from.
+CACHE = "x-crabtwist-cache"
+
+#: What an entry takes beside its answer's body: its key, a head of two dozen fields, its place in the order.
+ENTRY_BYTES = 8192
+
+#: Fields that change what a vendor answers, by their beginnings.
+_DECISIVE = (b"anthropic-", b"openai-")
+
+
+@attrs.frozen(kw_only=True)
+class CacheSettings:
+    """
+    What is kept, for how long and for whom.
+
+    `scope` "key" gives each key a cache of its own, "shared" all keys the same one.  With `match` "exact"
+    bodies are the same if their bytes are; with "meaning" if they say the same in JSON, whatever name the
+    model has in them, and the members that `ignore` names (of the outermost object) left out.  An answer
+    larger than `max_entry_bytes` is not kept.
+    """
+
+    ttl_seconds: float = attrs.field(default=3600.0, validator=positive)
+    max_entries: int = attrs.field(default=10000, validator=positive)
+    max_bytes: int = attrs.field(default=67108864, validator=positive)
+    max_entry_bytes: int = attrs.field(default=1048576, validator=positive)
+    scope: Literal["key", "shared"] = "key"
+    match: Literal["exact", "meaning"] = "exact"
+    ignore: tuple[str, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if self.ignore and self.match == "exact":
+            raise ValueError('`ignore` needs `match = "meaning"`: exact bytes hold all members')
+
+
+@attrs.define(eq=False)
+class _Entry:
+    """One answer; `kept_at` is None until it is complete."""
+
+    recording: Recording
+    size_bytes: int = ENTRY_BYTES
+    kept_at: float | None = None
+
+
+@attrs.frozen
+class _Wish:
+    """What a client's Cache-Control says (RFC 9111, 5.2.1), as far as it is honoured."""
+
+    no_cache: bool = False
+    no_store: bool = False
+    max_age_seconds: float = float("inf")
+
+
+class CacheExtension(Extension):
+    """Keeps complete answers with status 200; the least recently used leave when there is no room."""
+
+    name = "cache"
+    Settings = CacheSettings
+
+    def __init__(self, settings: CacheSettings, services: Any) -> None:
+        self.size_bytes = 0
+        self._settings = settings
+        self._clock = services.clock
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many answers are kept or on their way."""
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget everything; what is on its way still arrives where it is awaited."""
+        for key in list(self._entries):
+            self._drop(key)
+
+    def on_cache_lookup(self, context: Context, body: bytes) -> Recording | None:
+        """Return what others were given, or are being given now, or something to record the answer in."""
+        wish = _wish(context.headers)
+        if wish.no_store:
+            context.answer_headers[CACHE] = "bypass"
+            return None
+        key = self._key(context, body)
+        entry = None if wish.no_cache else self._usable(key, wish)
+        if entry is not None:
+            self._entries.move_to_end(key)
+            context.answer_headers[CACHE] = "hit"
+            return entry.recording
+        context.answer_headers[CACHE] = "bypass" if wish.no_cache else "miss"
+        return self._new(key)
+
+    def _usable(self, key: bytes, wish: _Wish) -> _Entry | None:
+        entry = self._entries.get(key)
+        if entry is None or not entry.recording.open:
+            return None
+        age_seconds = 0.0 if entry.kept_at is None else self._clock.seconds() - entry.kept_at
+        if age_seconds >= self._settings.ttl_seconds:
+            self._drop(key)
+            return None
+        return entry if age_seconds <= wish.max_age_seconds else None
+
+    # What is kept.
+
+    def _new(self, key: bytes) -> Recording:
+        self._drop(key)
+        entry = _Entry(Recording(self._settings.max_entry_bytes))
+        entry.recording.observe(partial(self._grown, key, entry), partial(self._settled, key, entry))
+        self._entries[key] = entry
+        self.size_bytes += entry.size_bytes
+        self._make_room()
+        return entry.recording
+
+    def _grown(self, key: bytes, entry: _Entry, more: int) -> None:
+        if self._entries.get(key) is entry:
+            entry.size_bytes += more
+            self.size_bytes += more
+            self._make_room()
+
+    def _settled(self, key: bytes, entry: _Entry, whole: object) -> None:
+        if self._entries.get(key) is not entry:
+            return
+        if whole:
+            entry.kept_at = self._clock.seconds()
+        else:
+            self._drop(key)
+
+    def _make_room(self) -> None:
+        settings = self._settings
+        while len(self._entries) > settings.max_entries or self.size_bytes > settings.max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.size_bytes -= entry.size_bytes
+            # Those who still read it need no more than what they have not read.
+            entry.recording.overflow()
+
+    # What is the same.
+
+    def _key(self, context: Context, body: bytes) -> bytes:
+        settings = self._settings
+        digest = blake2b(digest_size=32)
+        whose = (context.principal or "").encode() if settings.scope == "key" else b""
+        decisive = sorted(
+            (name.lower(), value) for name, value in context.headers if name.lower().startswith(_DECISIVE)
+        )
+        said = body if settings.match == "exact" else _meaning(body, settings.ignore)
+        words = (whose, context.operation.encode(), context.dialect.encode(), context.model.encode())
+        kind = b"stream" if context.stream else b"plain"
+        for part in (*words, kind, context.query, *(each for field in decisive for each in field), said):
+            digest.update(b"%d:" % len(part))
+            digest.update(part)
+        return digest.digest()
+
+
+def _meaning(body: bytes, ignored: tuple[str, ...]) -> bytes:
+    try:
+        said = msgspec.json.decode(body)
+        # Aliases have been followed: the model is in the key by its own name.
+        kept = {name: value for name, value in said.items() if name != "model" and name not in ignored}
+        return msgspec.json.encode(kept, order="sorted")
+    except (ValueError, RecursionError):
+        return body
+
+
+def _wish(fields: Headers) -> _Wish:
+    said = b",".join(value for name, value in fields if name.lower() == b"cache-control").lower()
+    if not said:
+        return _ANYTHING
+    words = [word.strip() for word in said.split(b",")]
+    ages = [word[8:] for word in words if word.startswith(b"max-age=") and word[8:].isdigit()]
+    return _Wish(
+        no_cache=b"no-cache" in words,
+        no_store=b"no-store" in words,
+        max_age_seconds=min(map(float, ages), default=_ANYTHING.max_age_seconds),
+    )
+
+
+_ANYTHING = _Wish()

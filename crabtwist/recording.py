@@ -1,0 +1,343 @@
+"""
+One answer as it comes, for all who ask the same at that time, and for those who ask later.
+
+The first of them leads: it asks the upstream and pours the answer in here.  All of them, that first one
+too, read from here, each at its own pace; the upstream waits when nobody wants more.  Nobody's leaving
+ends it but the last one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import fail as failed
+from twisted.internet.interfaces import IPushProducer
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers as HeaderMap
+from twisted.web.iweb import IResponse
+from zope.interface import implementer
+
+from crabtwist.errors import AnswerBroken, UpstreamError
+from crabtwist.values import Headers
+
+#: What a reader is given at a time, so that it can say that it has enough.
+SLICE_BYTES = 64 * 1024
+
+
+class Recording:
+    """
+    An answer that is shared.
+
+    Of an answer that grows beyond `max_bytes` only what some reader still wants is kept; `whole` is then
+    False, nobody new may follow it, and the upstream waits for the slowest of its readers.  `led` says
+    whether somebody asks for it, `deserted` whether everybody left before its end.  `status`, `headers`,
+    `length` (in bytes, None if nobody knows) and `streamed` are known when it has begun.
+
+    A cache makes it, observes it, and gives it to all who ask the same; it is followed, then led (for
+    whoever leads reads as well), then `begin`, the methods of a `crabtwist.relay.Sink`, and `settle` say
+    what comes, or `fail` that nothing does.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.status = 0
+        self.headers: Headers = ()
+        self.length: int | None = None
+        self.streamed = False
+        self.whole = True
+        self.led = False
+        self.deserted = False
+        self._max_bytes = max_bytes
+        self._grown: Callable[[int], object] = lambda _: None
+        self._settled: Callable[[bool], object] = lambda _: None
+        self._on_deserted: Callable[[], object] = lambda: None
+        self._begun = False
+        self._ended: Failure | None = None
+        self._error: Exception | None = None
+        # The first of the slices is the one after `_dropped` others.
+        self._slices: list[bytes] = []
+        self._dropped = 0
+        self._size = 0
+        self._waiting: list[Deferred[Reader]] = []
+        self._readers: list[Reader] = []
+        self._producer: Any = None
+        self._paused = False
+
+    # For a cache.
+
+    def observe(self, grown: Callable[[int], object], settled: Callable[[bool], object]) -> None:
+        """
+        Have `grown` called with how many bytes came or went, and `settled` once.
+
+        `settled` is told whether the answer is whole and complete, so that it may be given again.
+        """
+        self._grown, self._settled = grown, settled
+
+    @property
+    def open(self) -> bool:
+        """Whether one more may follow: it is here from its beginning, and comes or came to a good end."""
+        return self.whole and not self._broken and (not self.deserted or self._ended is not None)
+
+    def overflow(self) -> None:
+        """Keep no more than what its readers still want: there is no room, or no use."""
+        self.whole = False
+        self._max_bytes = min(self._max_bytes, SLICE_BYTES)
+        self.look_again()
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of its body is kept."""
+        return self._size
+
+    # Leading.
+
+    def lead(self, on_deserted: Callable[[], object]) -> None:
+        """Take it on; `on_deserted` is called when the last of those who followed has left before the end."""
+        self.led = True
+        self._on_deserted = on_deserted
+
+    def begin(self, status: int, headers: Headers, length: int | None, *, streamed: bool) -> None:
+        """Say the head; before the body is poured in."""
+        self.status, self.headers, self.length, self.streamed = status, headers, length, streamed
+        self._begun = True
+        waiting, self._waiting = self._waiting, []
+        # All readers are there before the first reads, which may leave at once.
+        for ready, reader in [(each, self._reader()) for each in waiting]:
+            if ready.called:
+                reader.stopProducing()
+            else:
+                ready.callback(reader)
+
+    def fail(self, error: Exception) -> None:
+        """Tell everybody that there will be no answer, or no more of it."""
+        self._error = error
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if not each.called:
+                each.errback(error)
+        self._end(Failure(error))
+        self._settled(False)  # noqa: FBT003 - a callback of one argument
+
+    def settle(self, *, complete: bool) -> None:
+        """Say whether what was poured in was all of it; after its end."""
+        self._end(Failure(AnswerBroken("the request that this one shared its answer with broke off")))
+        self._settled(complete and self.whole and not self._broken)
+
+    # A relay's sink.
+
+    def write(self, data: bytes) -> None:
+        """Take some of the body."""
+        self._slices += [data[i : i + SLICE_BYTES] for i in range(0, len(data), SLICE_BYTES)]
+        self._size += len(data)
+        for reader in list(self._readers):
+            reader.read()
+        self._grown(len(data))
+        if self._size > self._max_bytes:
+            self.whole = False
+        self.look_again()
+
+    def remark(self, data: bytes) -> None:
+        """Ignore what is no part of the answer: each reader's own relay says such things."""
+
+    def finish(self, error: UpstreamError | None = None) -> None:
+        """End it as the upstream did, or for lack of the rest."""
+        self._end(Failure(ResponseDone() if error is None else error))
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """End it as broken."""
+        self._end(Failure(error or AnswerBroken("the shared answer broke off")))
+
+    def brake(self, producer: object) -> None:
+        """Pause and resume `producer` as the readers demand."""
+        self._producer = producer
+        self._weigh()
+
+    def release(self) -> None:
+        """Let the producer go."""
+        self._producer = None
+
+    def _end(self, reason: Failure) -> None:
+        if self._ended is not None:
+            return
+        self._ended = reason
+        self._producer = None
+        for reader in list(self._readers):
+            reader.read()
+
+    @property
+    def _broken(self) -> bool:
+        return self._error is not None or (self._ended is not None and not self._ended.check(ResponseDone))
+
+    # Following.
+
+    def follow(self) -> Deferred[Reader]:
+        """
+        Return a Deferred of the answer, from its beginning; its body has to be read.
+
+        It fires when the head is known, and fails as the asking did if there will be none.  One that has
+        begun must be `open`.
+        """
+        if self._error is not None:
+            return failed(self._error)
+        if self._begun:
+            assert not self._dropped, "its beginning is gone"
+            return succeed(self._reader())
+        ready: Deferred[Reader] = Deferred(self._stop_waiting)
+        self._waiting.append(ready)
+        return ready
+
+    def _stop_waiting(self, ready: Deferred[Reader]) -> None:
+        if ready in self._waiting:
+            self._waiting.remove(ready)
+            self._one_less()
+
+    def _reader(self) -> Reader:
+        reader = Reader(self)
+        self._readers.append(reader)
+        return reader
+
+    # For the readers.
+
+    def at(self, position: int) -> bytes | None:
+        """Return the slice of the body at a position, None if it has not come yet."""
+        index = position - self._dropped
+        return self._slices[index] if index < len(self._slices) else None
+
+    @property
+    def ended(self) -> Failure | None:
+        """How it ended, None if it has not."""
+        return self._ended
+
+    def drop(self, reader: Reader) -> None:
+        """Forget a reader that has left, or has all."""
+        if reader in self._readers:
+            self._readers.remove(reader)
+            self._one_less()
+
+    def _one_less(self) -> None:
+        if self._readers or self._waiting:
+            self.look_again()
+        elif self._ended is None:
+            self.deserted = True
+            self._on_deserted()
+        else:
+            self._join_slices()
+            self.look_again()
+
+    # What is kept, and who waits.
+
+    def look_again(self) -> None:
+        """Drop what nobody wants any more, and see who wants more: a reader has come, gone or paused."""
+        self._trim()
+        self._weigh()
+
+    def _trim(self) -> None:
+        """Forget what everybody has read, once nobody new can ask for it."""
+        if self.whole:
+            return
+        here = self._dropped + len(self._slices)
+        read = min((reader.position for reader in self._readers), default=here) - self._dropped
+        if read:
+            gone = sum(map(len, self._slices[:read]))
+            del self._slices[:read]
+            self._dropped += read
+            self._size -= gone
+            self._grown(-gone)
+
+    def _join_slices(self) -> None:
+        """Once everybody has gone, keep as few pieces as there may be: a stream comes in thousands."""
+        if len(self._slices) > 1 + self._size // SLICE_BYTES:
+            data = b"".join(self._slices)
+            self._slices = [data[i : i + SLICE_BYTES] for i in range(0, len(data), SLICE_BYTES)]
+
+    def _weigh(self) -> None:
+        """Pause the upstream if nobody wants more, or one is too far behind to keep it all."""
+        if self._producer is None:
+            return
+        enough = bool(self._readers) and all(reader.paused for reader in self._readers)
+        too_much = not self.whole and self._size > self._max_bytes
+        if (enough or too_much) and not self._paused:
+            self._paused = True
+            self._producer.pauseProducing()
+        elif not (enough or too_much) and self._paused:
+            self._paused = False
+            self._producer.resumeProducing()
+
+
+@implementer(IResponse, IPushProducer)
+class Reader:
+    """
+    One who follows: a response whose body is the recording's, and the transport that it comes by.
+
+    Whoever has one reads its body, or says `stopProducing`: others may wait for it.
+    """
+
+    version = (b"HTTP", 1, 1)
+    phrase = b""
+    request = None
+    previousResponse = None
+
+    def __init__(self, recording: Recording) -> None:
+        self.code = recording.status
+        # Of a response of length 0 nobody would read the body, and so its end.
+        self.length: Any = recording.length or None
+        self.headers = HeaderMap()
+        for name, value in recording.headers:
+            self.headers.addRawHeader(name, value)
+        self.position = 0
+        self.paused = False
+        self._recording = recording
+        self._protocol: Any = None
+        self._reading = False
+
+    def setPreviousResponse(self, response: IResponse) -> None:
+        """There never is one."""
+
+    def deliverBody(self, protocol: Any) -> None:
+        """Give it to `protocol`, from its beginning."""
+        self._protocol = protocol
+        protocol.makeConnection(self)
+        self.read()
+        self._recording.look_again()
+
+    def read(self) -> None:
+        """Give on what there is, as long as it is wanted."""
+        if self._reading:
+            return
+        self._reading = True
+        try:
+            while self._protocol is not None and not self.paused:
+                data = self._recording.at(self.position)
+                if data is None:
+                    self._read_end()
+                    break
+                self.position += 1
+                self._protocol.dataReceived(data)
+        finally:
+            self._reading = False
+
+    def _read_end(self) -> None:
+        if self._recording.ended is not None:
+            protocol, self._protocol = self._protocol, None
+            self._recording.drop(self)
+            protocol.connectionLost(self._recording.ended)
+
+    def pauseProducing(self) -> None:
+        """Give no more for now."""
+        self.paused = True
+        self._recording.look_again()
+
+    def resumeProducing(self) -> None:
+        """Go on."""
+        self.paused = False
+        self.read()
+        self._recording.look_again()
+
+    def stopProducing(self) -> None:
+        """Leave; harmless afterwards."""
+        self._protocol = None
+        self._recording.drop(self)
+
+    loseConnection = abortConnection = stopProducing

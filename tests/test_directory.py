@@ -1,0 +1,102 @@
+"""What was made through the admin API, on one node and on several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from crabtwist.directory import POLL_SECONDS, Directory
+from crabtwist.errors import StorageError
+from crabtwist.storage.memory import MemoryStorage
+from crabtwist.testing import FakeServices
+
+
+class SharedStorage(MemoryStorage):
+    """A store that other nodes see too, and that can be gone."""
+
+    between_nodes = True
+    gone = False
+
+    def increment(self, namespace: str, key: bytes, delta: int, ttl_seconds: float | None = None) -> Any:
+        """Fail while it is gone."""
+        if self.gone:
+            return fail(StorageError("gone"))
+        return super().increment(namespace, key, delta, ttl_seconds)
+
+
+class DirectoryTests(SynchronousTestCase):
+    """Two nodes on one store."""
+
+    def setUp(self) -> None:
+        """Start both."""
+        self.clock = Clock()
+        self.storage = SharedStorage(None, FakeServices(self.clock))
+        self.changes: list[frozenset[str]] = []
+        self.here, self.there = self.directory(), self.directory()
+        self.there.changed = self.changes.append
+
+    def directory(self) -> Directory:
+        """Return a directory that has been started."""
+        directory = Directory(self.storage, self.clock, ("keys", "providers"))
+        self.do(directory.start())
+        self.addCleanup(directory.stop)
+        return directory
+
+    def do(self, work: Any) -> Any:
+        """Return what a coroutine comes to."""
+        return self.successResultOf(Deferred.fromCoroutine(work))
+
+    def test_made(self) -> None:
+        """What one node makes is there at once, and on the other after its next look, which is told so."""
+        self.do(self.here.put("keys", "a", b"1"))
+        self.assertEqual({"a": b"1"}, self.here.entries("keys"))
+        self.assertEqual({}, self.there.entries("keys"))
+        self.clock.advance(POLL_SECONDS)
+        self.assertEqual({"a": b"1"}, self.there.entries("keys"))
+        self.assertEqual([frozenset({"keys"})], self.changes)
+
+    def test_deleted(self) -> None:
+        """What one node deletes is gone on the other too."""
+        self.do(self.here.put("providers", "p", b"1"))
+        self.clock.advance(POLL_SECONDS)
+        self.do(self.here.delete("providers", "p"))
+        self.assertEqual({}, self.here.entries("providers"))
+        self.clock.advance(POLL_SECONDS)
+        self.assertEqual({}, self.there.entries("providers"))
+
+    def test_within_a_second(self) -> None:
+        """A change holds on every node within a second."""
+        self.assertLess(POLL_SECONDS, 1)
+
+    def test_quiet(self) -> None:
+        """Nobody is told of anything while nothing changes."""
+        for _ in range(5):
+            self.clock.advance(POLL_SECONDS)
+        self.assertEqual([], self.changes)
+
+    def test_later_start(self) -> None:
+        """A node that starts later finds what was made before."""
+        self.do(self.here.put("keys", "a", b"1"))
+        self.assertEqual({"a": b"1"}, self.directory().entries("keys"))
+
+    def test_store_gone(self) -> None:
+        """While the store is gone what is known holds, said once; when it is back, changes come again."""
+        self.do(self.here.put("keys", "a", b"1"))
+        self.clock.advance(POLL_SECONDS)
+        self.storage.gone = True
+        for _ in range(3):
+            self.clock.advance(POLL_SECONDS)
+        self.assertEqual({"a": b"1"}, self.there.entries("keys"))
+        self.assertEqual(2, len(self.flushLoggedErrors(StorageError)), "once for each node")
+        self.storage.gone = False
+        self.do(self.here.put("keys", "b", b"2"))
+        self.clock.advance(POLL_SECONDS)
+        self.assertEqual({"a", "b"}, set(self.there.entries("keys")))
+
+    def test_put_fails(self) -> None:
+        """A change that the store does not take fails, so that nobody thinks it was made."""
+        self.storage.gone = True
+        self.failureResultOf(Deferred.fromCoroutine(self.here.put("keys", "a", b"1")), StorageError)
