@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import attrs
 import msgspec
@@ -123,6 +124,7 @@ class AdminProviders:
             # A null that removes nothing is still refused if there is no such setting.
             strange = {member: None for member in patch if member not in known}
             table = {**_with_credentials(merged(old, patch), old), **(strange if known else {})}
+            self._refuse_to_redirect(name, old, table)
             return await self._put(name, table, probe=probe)
 
         return await self._directory.change(PROVIDERS, put)
@@ -152,6 +154,18 @@ class AdminProviders:
             return named.name
         _, others = self._examined("new", {"models": _UNKNOWN, **rest})
         raise _refused([*complaints, *others])
+
+    def _refuse_to_redirect(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Refuse to send a credential to another host than it was given for."""
+        before, after = (self._examined(name, {**table, "models": _UNKNOWN})[0] for table in (old, new))
+        if before is None or after is None or _origins(before.settings) == _origins(after.settings):
+            return
+        was, now = _values(before.settings), _values(after.settings)
+        kept = [each for each in now if isinstance(now[each], Secret) and now[each] == was.get(each)]
+        if kept:
+            raise _refused(
+                [f"{each}: was given for another host; give it again with the new" for each in kept]
+            )
 
     async def _put(self, name: str, table: Mapping[str, Any], *, probe: bool) -> KnownProvider:
         sealed = self._sealed
@@ -260,6 +274,17 @@ def _shown(settings: Any) -> dict[str, Any]:
 
 def _masked(_instance: object, _field: object, value: Any) -> Any:
     return MASK if isinstance(value, Secret) else value
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    """Return a settings object's fields."""
+    return attrs.asdict(settings, recurse=False)
+
+
+def _origins(settings: Any) -> set[tuple[str, str]]:
+    """Return where settings lead to: scheme and host of each URL in them."""
+    texts = [value for value in _values(settings).values() if isinstance(value, str) and "://" in value]
+    return {(urlsplit(text).scheme.lower(), urlsplit(text).netloc.lower()) for text in texts}
 
 
 def _with_credentials(table: dict[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ nothing more of that connection is read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 from twisted.internet.abstract import FileDescriptor
@@ -20,6 +21,7 @@ from twisted.web.http_headers import Headers as HeaderMap
 
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway_request import GatewayRequest
+from crabtwist.headers import written
 from crabtwist.http_reader import BodyReader, ChunkReader, Head, HeadReader, HTTPLimits, tokens, too_large
 from crabtwist.values import Headers
 
@@ -299,6 +301,16 @@ class GatewayChannel(http.HTTPChannel):
             headers.setRawHeaders(b"date", [http.datetimeToString()])
         super().writeHeaders(version, code, reason, headers)
 
+    def say_head(self, version: bytes, status: int, reason: bytes, fields: Headers) -> None:
+        """Write a head as it is given, saying whether the connection ends with this answer, and the date."""
+        if self.owner.draining:
+            self.persistent = False
+        if not self.persistent:
+            fields = (*fields, (b"connection", b"close"))
+        if not any(len(name) == 4 and name.lower() == b"date" for name, _ in fields):
+            fields = (*fields, (b"date", _date(int(self.owner.reactor.seconds()))))
+        self._wire.write(b"%b %d %b\r\n%b\r\n\r\n" % (version, status, reason, written(fields)))
+
     def requestDone(self, request: GatewayRequest) -> None:
         """Go on to what the client has sent ahead, or end."""
         self.requests.remove(request)
@@ -348,3 +360,9 @@ class GatewayChannel(http.HTTPChannel):
         if method != b"HEAD":
             self._wire.write(body)
         self._linger()
+
+
+@lru_cache(maxsize=2)
+def _date(seconds: int) -> bytes:
+    # Every answer of a second has the same.
+    return bytes(http.datetimeToString(seconds))

@@ -17,6 +17,9 @@ REQUEST_ID = b"x-crabtwist-request-id"
 FIDELITY = b"x-crabtwist-fidelity"
 ERROR = b"x-crabtwist-error"
 
+#: What frames a body is said by whoever sends it.
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
+
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -53,28 +56,14 @@ class Downstream:
         return not self._ended
 
     def start(self, status: int, fields: Headers, length: int | None = None) -> None:
-        """Say the head; without a length the body is chunked.  Once."""
-        self._request.setResponseCode(status)
-        # An answer of no type stays so; Twisted would call it HTML.
-        self._request.defaultContentType = None
-        headers = self._request.responseHeaders
-        # The answer's own Server and Date, if it has them, replace Twisted's.
-        for name in {name.lower() for name, _ in fields}:
-            headers.removeHeader(name)
-        for name, value in fields:
-            headers.addRawHeader(name, value)
-        for own, word in self._own_headers.items():
-            headers.setRawHeaders(own, [word])
-        headers.setRawHeaders(REQUEST_ID, [self._request_id.encode()])
-        # RFC 9110, 8.6: an answer without content says no length.
-        if length is not None and status != 204:
-            headers.setRawHeaders(b"content-length", [str(length).encode()])
-        self.status = status
-
-    def flush_head(self) -> None:
-        """Send the head now, before any body is there."""
+        """Send the head; without a length the body is chunked.  Once."""
+        own = [(name.encode(), word.encode()) for name, word in self._own_headers.items()]
+        own.append((REQUEST_ID, self._request_id.encode()))
+        replaced = _FRAMING.union([name for name, _ in own])
+        kept = [field for field in fields if field[0].lower() not in replaced]
         if self.open:
-            self._request.write(b"")
+            self._request.say_head(status, (*kept, *own), length)
+        self.status = status
 
     def write(self, data: bytes) -> None:
         """Send some of the body."""
@@ -114,7 +103,6 @@ class Downstream:
     def answer(self, answer: Answer) -> None:
         """Send a whole answer."""
         self.start(answer.status, answer.headers, len(answer.body))
-        self.flush_head()
         self.write(answer.body)
         self.finish()
 

@@ -24,7 +24,7 @@ from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_erro
 from crabtwist.headers import upward
 from crabtwist.keys import VirtualKey, allows
 from crabtwist.money import PriceRow
-from crabtwist.plain_relay import PlainRelay
+from crabtwist.plain_relay import HOLD_BYTES, PlainRelay
 from crabtwist.recording import Recording
 from crabtwist.relay import CLIENT_LEFT, End
 from crabtwist.routing import Deployment, Registry
@@ -190,7 +190,6 @@ class Exchange:
             raise CancelledError
         self._reply = reply
         self._client.start(reply.status, (*reply.headers, *own), reply.length)
-        self._client.flush_head()
         relay.flow(self._client)
         if reply.streamed:
             self._gateway.metrics.open_streams.inc()
@@ -233,6 +232,10 @@ class Exchange:
             self._lead = Lead(recording, dispatch, partial(self._heard, dispatch))
             self._lead.begin(candidates)
         reader = await following
+        body = None if recording.streamed or recording.size_bytes > HOLD_BYTES else recording.body
+        if body is not None:
+            reader.stopProducing()
+            return self._give(recording.status, recording.headers, body)
         try:
             reply = share(recording, reader, self._gateway, self._operation, self.context)
             end = await self._pour(reply, ())
@@ -241,6 +244,17 @@ class Exchange:
             reader.stopProducing()
         self._model_answered = self._model_answered or reply.reader.model
         return _told(reply, end)
+
+    def _give(self, status: int, headers: Headers, body: bytes) -> tuple[EndedBy, str, str | None]:
+        """Give a small plain answer that is whole: nothing of it has to be waited for."""
+        if self._abandoned:
+            raise CancelledError
+        self._client.answer(Answer(status, headers, body))
+        if self._model_answered is None and self._operation.counts:
+            reader = self._operation.dialect.reader(hide_usage=False)
+            reader.body(body)
+            self._model_answered = reader.model
+        return ("upstream", "upstream_status", None) if status >= 400 else ("upstream", "complete", None)
 
     # Ending otherwise.
 

@@ -50,6 +50,11 @@ models = ["*"]
 [providers.echo]
 kind = "echo"
 models = ["echo"]
+
+# What it would cost, in dollars per million tokens: made up, so that budgets and receipts can be tried out.
+[models.echo]
+input = 1.0
+output = 5.0
 """
 
 _PROVIDER = """\

@@ -59,6 +59,25 @@ class GatewayRequest(server.Request):
         """Return the host that was asked for; HTTP/1.0 need not say one, and a Unix socket has none."""
         return super().getRequestHostname() if self.getHeader(b"host") else b"localhost"
 
+    def say_head(self, status: int, fields: Headers, length: int | None) -> None:
+        """
+        Send an answer's head: these fields as they are written, and what the connection itself has to say.
+
+        None of them may frame the body: that is done by `length`, or without one in chunks.  Once, and in
+        the place of `setResponseCode` and `responseHeaders`, which cost five times as much.
+        """
+        self.code, self.code_message = status, http.RESPONSES.get(status, b"Unknown Status")
+        self.startedWriting = 1
+        bodiless = self.method == b"HEAD" or status in http.NO_BODY_CODES
+        if length is not None and status not in http.NO_BODY_CODES:
+            fields = (*fields, (b"content-length", b"%d" % length))
+        elif not bodiless and self.clientproto == b"HTTP/1.1":
+            fields = (*fields, (b"transfer-encoding", b"chunked"))
+            self.chunked = 1
+        self.channel.say_head(self.clientproto, status, self.code_message, fields)
+        if bodiless:
+            self.write = _say_nothing  # type: ignore[method-assign] # as Twisted does it
+
     def abort(self) -> None:
         """
         End the connection at once, so that the answer cannot be taken for a whole one.
@@ -81,6 +100,10 @@ class GatewayRequest(server.Request):
         elif self.channel is not None:
             self.channel.refuse(internal_error())
         return reason
+
+
+def _say_nothing(_data: bytes) -> None:
+    """Send no body where there may be none."""
 
 
 def refuse(status: int, slug: str, message: str, path: bytes) -> tuple[Headers, bytes]:  # noqa: ARG001 - for those who word it by path

@@ -6,7 +6,9 @@ Lists are open: whatever is not named here passes, so that a vendor's new header
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from crabtwist.values import Headers
 
@@ -33,6 +35,8 @@ CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-ap
 #: could be neither read nor spoken into.
 _REWRITTEN_UP = frozenset({b"host", b"content-length", b"accept-encoding"})
 
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
 _NOT_DOWN = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"content-length"})
 
 
@@ -48,6 +52,27 @@ def downward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
     The length is left out: whoever sends the body knows it.
     """
     return _without(fields, HOP_BY_HOP | _NOT_DOWN, own=b"x-crabtwist-")
+
+
+def written(fields: Headers) -> bytes:
+    """
+    Return fields as they go over the wire, without the last line's end; a line's end in one is a space.
+
+    Raises ValueError for a name that is none (RFC 9110, 5.1).
+    """
+    lines = [b"%b: %b" % (_name(name), value) for name, value in fields]
+    text = b"\r\n".join(lines)
+    if text.count(b"\n") >= len(lines) or text.count(b"\r") >= len(lines):
+        # Somebody's plugin, or its upstream, would otherwise say fields of its own.
+        text = b"\r\n".join(b" ".join(line.splitlines()) for line in lines)
+    return text
+
+
+@lru_cache(maxsize=1024)
+def _name(name: bytes) -> bytes:
+    if not _TOKEN.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a header field")
+    return name
 
 
 def first(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

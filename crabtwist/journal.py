@@ -282,7 +282,7 @@ class Journal:
     # Delivering.
 
     def find(self, request_id: str) -> Record | None:
-        """Return the record of a request that ended lately, if it is remembered and not delivered yet."""
+        """Return a record that was not delivered yet, if it is remembered; None for what may be elsewhere."""
         return next((record for record, _ in reversed(self._fresh) if record.id == request_id), None)
 
     def read(self, most_records: int) -> Batch:

@@ -21,6 +21,7 @@ from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from crabtwist import heap
 from crabtwist.administration import Administration
 from crabtwist.attempt import Patience
 from crabtwist.bookkeeping import Bookkeeping
@@ -32,16 +33,22 @@ from crabtwist.generation import Generation, Services, key_ring
 from crabtwist.health import Health
 from crabtwist.hooks import Hooks
 from crabtwist.http_reader import HTTPLimits
+from crabtwist.leases import Leases
 from crabtwist.listener import GatewayFactory, Listener
 from crabtwist.metrics import Metrics
 from crabtwist.tables import GatewaySettings
 from crabtwist.values import Headers
+from crabtwist.web.admin.follow import Tail
+from crabtwist.web.admin.inside import Inside
 from crabtwist.web.admission import Admission
 from crabtwist.web.answers import refuse_unread
 from crabtwist.web.app import make_app
 
 #: How long the last words to those that were interrupted may take.
 LAST_WORDS_SECONDS = 2.0
+
+#: What a reload replaces.
+_RELOADED = ("providers", "keys", "aliases", "models", "allow_anonymous")
 
 
 class Node(Service):
@@ -93,7 +100,11 @@ class Node(Service):
             inject_stream_usage=config.inject_stream_usage,
             books=self._books,
         )
-        self._listener = Listener(endpoints, self._factory())
+        self._tail = Tail(self.gateway)
+        #: Which nodes are alive on the same store.
+        self._roll = Leases(self._storage, "nodes", reactor)
+        self._listening: list[str] = []
+        self._listener = Listener(endpoints, self._factory(makers))
 
     def _make_books(self, config: Config, metrics: Metrics) -> Bookkeeping | None:
         if config.ledger is None:
@@ -111,10 +122,21 @@ class Node(Service):
         books.show_in(metrics)
         return books
 
-    def _factory(self) -> GatewayFactory:
+    def _factory(self, makers: Makers) -> GatewayFactory:
+        inside = Inside(
+            gateway=self.gateway,
+            config=self._running_config,
+            makers=makers,
+            storage=self._storage,
+            tail=self._tail,
+            started_at=self._reactor.seconds(),
+            extensions=self._extensions,
+            listening=lambda: self._listening,
+            nodes=lambda: self._roll.nodes,
+        )
         admission = Admission(self.gateway, self._config.admin_token)
         return GatewayFactory(
-            make_app(self.gateway, self._extensions).resource(),
+            make_app(self.gateway, self._extensions, self._administration, inside).resource(),
             reactor=self._reactor,
             limits=_http_limits(self._config),
             admit=admission,
@@ -141,6 +163,8 @@ class Node(Service):
         await self._storage.open()
         self._storage_is_open = True
         await self._administration.start()
+        if self._storage.between_nodes:
+            await self._roll.start()
         self._serve(self._generate(self._config))
         self._administration.keys_changed = self._apply_keys
         self._administration.providers_changed = self._apply_providers
@@ -151,10 +175,12 @@ class Node(Service):
             if IService.providedBy(extension):
                 await maybeDeferred(extension.startService)
         self._generation.start()
+        heap.settle()
         self._listener.startService()
         ports: list[IListeningPort] = await self._listener.listening
-        for port in ports:
-            self._log.info("serving on {where}", where=_where(port.getHost()))
+        self._listening = [_where(port.getHost()) for port in ports]
+        for where in self._listening:
+            self._log.info("serving on {where}", where=where)
         return ports
 
     def _not_started(self, failure: Failure) -> Failure:
@@ -214,6 +240,11 @@ class Node(Service):
         retiring.addCallback(lambda _: Deferred.fromCoroutine(old.stop()))
         retiring.addErrback(lambda failure: self._log.failure("retiring providers failed", failure))
 
+    def _running_config(self) -> Config:
+        """Return the configuration as it runs: what was reloaded, and what takes a restart."""
+        latest = self._administration.config
+        return attrs.evolve(self._config, **{name: getattr(latest, name) for name in _RELOADED})
+
     def _tell_what_stays(self, config: Config) -> None:
         """Name what the file says anew and only a restart brings about."""
         names = [*(field.name for field in attrs.fields(GatewaySettings)), "extensions", "storage", "ledger"]
@@ -234,6 +265,7 @@ class Node(Service):
 
     async def _stop(self) -> None:
         self.gateway.draining = True
+        self._tail.end()
         busy = await self._listener.drain(self._config.shutdown_timeout)
         if busy:
             self._log.warn("{busy} connections still busy; ending them", busy=busy)
@@ -242,6 +274,8 @@ class Node(Service):
         self._listener.abort_all()
         await self._listener.stopService()
         self._administration.stop()
+        if self._storage_is_open and self._storage.between_nodes:
+            await self._roll.stop()
         await self._generation.stop()
         stopping = [
             maybeDeferred(extension.stopService)

@@ -101,6 +101,16 @@ class Recording:
     def begin(self, status: int, headers: Headers, length: int | None, *, streamed: bool) -> None:
         """Say the head; before the body is poured in."""
         self.status, self.headers, self.length, self.streamed = status, headers, length, streamed
+        self._begin()
+
+    def take(self, status: int, headers: Headers, body: bytes) -> None:
+        """Take a plain answer that is here and whole, in the place of all that a sink is told."""
+        self.status, self.headers, self.length = status, headers, len(body)
+        self.write(body)
+        self.finish()
+        self._begin()
+
+    def _begin(self) -> None:
         self._begun = True
         waiting, self._waiting = self._waiting, []
         # All readers are there before the first reads, which may leave at once.
@@ -200,6 +210,12 @@ class Recording:
 
     # For the readers.
 
+    @property
+    def body(self) -> bytes | None:
+        """The whole body, None while it is not, and for one whose beginning is gone."""
+        whole = self._ended is not None and not self._broken and not self._dropped
+        return b"".join(self._slices) if whole else None
+
     def at(self, position: int) -> bytes | None:
         """Return the slice of the body at a position, None if it has not come yet."""
         index = position - self._dropped
@@ -235,7 +251,7 @@ class Recording:
 
     def _trim(self) -> None:
         """Forget what everybody has read, once nobody new can ask for it."""
-        if self.whole:
+        if self.whole or not self._begun:
             return
         here = self._dropped + len(self._slices)
         read = min((reader.position for reader in self._readers), default=here) - self._dropped

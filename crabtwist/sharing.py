@@ -86,6 +86,9 @@ class Lead:
         """Pour an answer into the recording; returns how it ended."""
         relay, recording = reply.relay, self.recording
         headers = (*reply.headers, (FIDELITY, self._dispatch.fidelity))
+        if isinstance(relay, PlainRelay) and relay.end is COMPLETE:
+            recording.take(reply.status, headers, relay.held)
+            return relay.end
         recording.begin(reply.status, headers, reply.length, streamed=reply.streamed)
         relay.flow(recording)
         try:

@@ -8,8 +8,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
-from twisted.web.http_headers import Headers as WebHeaders
 
+from crabtwist.headers import written
 from crabtwist.values import Headers
 
 
@@ -20,7 +20,7 @@ class FakeRequest:
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.fields = fields
         self.query = query
-        self.responseHeaders = WebHeaders()
+        self.head: Headers = ()
         self.code: int | None = None
         self.data = b""
         self.head_sent = self.finished = self.aborted = False
@@ -34,22 +34,25 @@ class FakeRequest:
 
     def header(self, name: str) -> str | None:
         """Return a header of the answer."""
-        values = self.responseHeaders.getRawHeaders(name)
-        return values[-1] if values else None
+        values = [value for each, value in self.head if each.lower() == name.lower().encode()]
+        return values[-1].decode() if values else None
 
     def notifyFinish(self) -> Deferred[None]:
         """As Twisted's."""
         self._notifications.append(Deferred())
         return self._notifications[-1]
 
-    def setResponseCode(self, code: int) -> None:
-        """As Twisted's."""
-        self.code = code
+    def say_head(self, status: int, fields: Headers, length: int | None) -> None:
+        """As the gateway's own request has it."""
+        assert not self.head_sent, "a second head"
+        written(fields)
+        framing = () if length is None else ((b"content-length", b"%d" % length),)
+        self.code, self.head, self.head_sent = status, (*fields, *framing), True
 
     def write(self, data: bytes) -> None:
         """As Twisted's."""
         assert not self.finished, "written to after its end"
-        self.head_sent = True
+        assert self.head_sent, "a body before its head"
         self.data += data
 
     def finish(self) -> None:

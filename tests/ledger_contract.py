@@ -57,6 +57,21 @@ def mixed(number: int) -> list[Record]:
     ]
 
 
+def scattered(number: int, days: int) -> list[Record]:
+    """Return records of days that go on, each with some of days before it and some before 1970."""
+    random = Random(3)
+    return [
+        record(
+            (n * days // number - random.choice([0, 0, 1, 2, 3, 40])) * DAY + random.randrange(DAY),
+            id=str(n),
+            principal=random.choice(["alice", "bob"]),
+            model=random.choice(["large", "small"]),
+            cost=random.randrange(10**13),
+        )
+        for n in range(number)
+    ]
+
+
 def names(page: Page) -> list[str]:
     return [each.id for each in page.records]
 
@@ -292,6 +307,28 @@ class LedgerContract(TestCase):
         ):
             self.assertEqual((await ledger.totals((), since=since, until=until))[0].requests, days)
         self.assertEqual(await ledger.totals((), since=date(1990, 1, 1)), [])
+
+    async def test_any_days(self) -> None:
+        """Over whatever days totals are, and however late records came, they are the sums of the records."""
+        random, records = Random(2), scattered(400, days=100)
+        ledger = await self.opened()
+        for start in range(0, 400, 40):
+            await ledger.append(records[start : start + 50])
+        for _ in range(40):
+            first, end = sorted(random.choices(range(-20, 130), k=2))
+            sums: Counter[Any] = Counter()
+            for each in records:
+                if first * DAY <= each.accepted_at < end * DAY:
+                    sums[each.principal, each.model] += each.cost or 0
+            since, until = (date(1970, 1, 1) + timedelta(days=day) for day in (first, end))
+            found = await ledger.totals(("principal", "model"), since=since, until=until)
+            self.assertEqual({(each.principal, each.model): each.cost for each in found}, sums)
+
+    async def test_backwards_days(self) -> None:
+        """Days that there is nothing between have no totals."""
+        ledger = await self.filled([record(0), record(9 * DAY)])
+        for since, until in ((date(1970, 1, 5), date(1970, 1, 5)), (date(1970, 1, 8), date(1970, 1, 2))):
+            self.assertEqual(await ledger.totals((), since=since, until=until), [])
 
     async def test_made_up_names(self) -> None:
         """What a client made up gets no row of its own; a model that a cache answered does."""

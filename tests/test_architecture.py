@@ -47,9 +47,14 @@ STORY = ("bookkeeping", "attempt", "surroundings", "dispatch", "sharing", "excha
 CONFIGURATION = ("tables", "config", "generation", "admin_keys", "admin_providers", "administration")
 DOORS = (
     *("web.answers", "web.admin_lock", "web.admission", "web.models", "web.operations", "web.process"),
+    *("web.admin.reading", "web.admin.times", "web.admin.endpoint"),
+    *("web.admin.shown", "web.admin.follow", "web.admin.inside"),
+    *("web.admin.requests", "web.admin.usage", "web.admin.state"),
+    *("web.admin.keys", "web.admin.providers"),
+    *("web.admin.schemas", "web.admin.page", "web.admin.openapi"),
     *("web.extensions", "web.app"),
 )
-ASSEMBLY = ("first_start", "node", "tap")
+ASSEMBLY = ("first_start", "heap", "node", "tap")
 
 #: From the ground up: a room knows those before it, and no other.
 HOUSE = (*WORDS, *GRAMMAR, *POLICY, *WIRES, *STORY, *CONFIGURATION, *DOORS, *ASSEMBLY)
@@ -70,6 +75,7 @@ OUTBUILDINGS = (
             "extensions.budget",
             "extensions.usage_rows",
             "extensions.usage",
+            "extensions.cache_store",
             "extensions.cache",
             "extensions.rotating_file",
             "extensions.redaction",
@@ -89,18 +95,27 @@ OUTBUILDINGS = (
     (
         # The ledger in PostgreSQL stands on the lanes and the migrations of the store there.
         (*WORDS, *GRAMMAR, "storage.migrations", "storage.postgres_connection", "storage.postgres_lane"),
-        ("ledger.columns", "ledger.schema", "ledger.sqlite", "ledger.postgres_tables", "ledger.postgres"),
+        (
+            *("ledger.columns", "ledger.spans", "ledger.schema", "ledger.sqlite_totals", "ledger.sqlite"),
+            *("ledger.postgres_tables", "ledger.postgres"),
+        ),
     ),
     (WORDS, ("testing",)),
+    (
+        # The command line asks a running gateway; its doctor looks at what one would be made of.
+        (*WORDS, *GRAMMAR, *POLICY, *CONFIGURATION),
+        (
+            *("cli.faults", "cli.place", "cli.client", "cli.shown", "cli.session", "cli.words"),
+            *("cli.environment", "cli.keys", "cli.providers", "cli.spending"),
+            *("cli.request_lines", "cli.receipts", "cli.logs", "cli.serving"),
+            *("cli.findings", "cli.folder_checks", "cli.plugin_checks", "cli.gateway_checks", "cli.doctor"),
+            "cli.root",
+        ),
+    ),
 )
 
 #: The tests of those rooms that have none of their own name.
 TESTED_BY = {
-    "seal": "test_directory",
-    "stored_keys": "test_directory",
-    "administration": "test_directory",
-    "admin_providers": "test_directory",
-    "admin_keys": "test_directory",
     "money": "test_pricing",
     "terms": "test_keys",
     "tables": "test_config",
@@ -138,6 +153,7 @@ TESTED_BY = {
     "extensions.usage": "test_usage",
     "extensions.usage_rows": "test_usage",
     "extensions.cache": "test_cache",
+    "extensions.cache_store": "test_cache",
     "storage.migrations": "test_storage_sqlite",
     "storage.sqlite_boards": "test_storage_sqlite",
     "storage.redis": "integration/test_storage_servers",
@@ -148,8 +164,11 @@ TESTED_BY = {
     "storage.postgres_connection": "integration/test_storage_servers",
     "segments": "test_journal",
     "delivery": "test_journal",
+    "cli": "test_cli",
     "ledger.columns": "test_ledger_sqlite",
     "ledger.schema": "test_ledger_sqlite",
+    "ledger.spans": "test_ledger_sqlite",
+    "ledger.sqlite_totals": "test_ledger_sqlite",
     "ledger.postgres_tables": "integration/test_ledger_postgres",
     "ledger.postgres": "integration/test_ledger_postgres",
     "surroundings": "test_exchange",

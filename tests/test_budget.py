@@ -569,6 +569,22 @@ class NodesTests(BudgetCase):
         self.clock.pump([1] * int(ALIVE_SECONDS + 2))
         self.assertEqual("budget_spent", self.slug(other))
 
+    def test_given_back_elsewhere(self) -> None:
+        """A node that only refuses hears of what another gives back."""
+        one, other = self.node(), self.node()
+        other.ask(0)
+        self.clock.advance(0.2)
+        running = one.ask(100)
+        other.spend(0)
+        self.clock.pump([0.1] * 3)
+        self.assertEqual("budget_reserved", self.slug(other))
+        self.clock.pump([0.1] * 3)
+        one.end(running, cost_of(0))
+        self.clock.pump([0.1] * 3)
+        self.assertEqual("budget_reserved", self.slug(other))
+        self.clock.pump([0.1] * 3)
+        other.ask(10)
+
     def test_without_store(self) -> None:
         """While the store is gone each node goes on with its part of what is left, however long that is."""
         one, other = self.node(), self.node()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from inspect import iscoroutine
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from crabtwist.errors import ConnectFailed, Truncated
+from crabtwist.errors import ConnectFailed, StorageError, Truncated
 from crabtwist.extensions.cache import CACHE, ENTRY_BYTES, CacheExtension, CacheSettings
+from crabtwist.extensions.cache_store import REST_SECONDS
 from crabtwist.interfaces import IExtension
 from crabtwist.recording import Recording
 from crabtwist.settings import read as read_settings
+from crabtwist.storage.memory import MemoryStorage
 from crabtwist.testing import JSON, FakeServices, make_context
 from crabtwist.values import Context
 
@@ -53,7 +56,7 @@ class CacheTestCase(SynchronousTestCase):
         """Have a cache with these settings."""
         self.cache = CacheExtension(CacheSettings(**options), FakeServices(self.clock))
 
-    def look(self, body: bytes = BODY, *cache_control: bytes, **context: Any) -> tuple[str, Recording | None]:
+    def look(self, body: bytes = BODY, *cache_control: bytes, **context: Any) -> tuple[str, Any]:
         """Return what the answer's header would say, and what was found."""
         headers = (
             *context.pop("headers", ()),
@@ -460,3 +463,108 @@ class SettingsTests(SynchronousTestCase):
         self.assertEqual([], self.complaints(match="meaning", ignore=["user"]))
         [complaint] = self.complaints(ignore=["user"])
         self.assertIn('match = "meaning"', complaint)
+
+
+class HeldStorage(MemoryStorage):
+    """A store whose replies the test may hold back, or refuse."""
+
+    held: Deferred[bytes | None] | None = None
+    asked = 0
+
+    def get(self, namespace: str, key: bytes) -> Deferred[bytes | None]:
+        """Answer, unless it is held."""
+        self.asked += 1
+        return super().get(namespace, key) if self.held is None else self.held
+
+
+class InStoreTests(CacheTestCase):
+    """Two nodes with their answers in one store."""
+
+    def setUp(self) -> None:
+        """Have something answered by one node; look on another."""
+        super().setUp()
+        self.services = FakeServices(self.clock)
+        self.storage = self.services.storage = HeldStorage(None, self.services)
+        self.node()
+        self.looking_here()
+        self.keep_here()
+        self.node()
+
+    def node(self, **options: Any) -> None:
+        """Go to a new node."""
+        self.cache = CacheExtension(CacheSettings(in_store=True, **options), self.services)
+
+    def looking_here(self, *arguments: Any) -> Deferred[Recording]:
+        """Return what is being looked for."""
+        _, found = self.look(*arguments)
+        return Deferred.fromCoroutine(found) if iscoroutine(found) else succeed(found)
+
+    def keep_here(self) -> None:
+        """Have it answered, completely."""
+        recording = self.successResultOf(self.looking_here())
+        self.begin(recording)
+        recording.write(b"answer")
+        recording.finish()
+        recording.settle(complete=True)
+
+    def test_found(self) -> None:
+        """What one node was answered another is given, and keeps for itself."""
+        recording = self.successResultOf(self.looking_here())
+        self.assertEqual("hit", self.context.answer_headers[CACHE])
+        self.assertEqual(
+            (b"answer", 200, JSON), (self.answer_in(recording), recording.status, recording.headers)
+        )
+        asked = self.storage.asked
+        self.assertEqual("hit", self.said())
+        self.assertEqual(asked, self.storage.asked)
+
+    def test_other_question(self) -> None:
+        """What nobody was answered is a miss, to be led."""
+        recording = self.successResultOf(self.looking_here(b"another"))
+        self.assertEqual(("miss", False), (self.context.answer_headers[CACHE], recording.led))
+
+    def test_slow(self) -> None:
+        """A request waits for the store only so long; then the store is left alone for a while."""
+        self.storage.held = Deferred()
+        looking = self.looking_here()
+        self.clock.advance(0.049)
+        self.assertNoResult(looking)
+        self.clock.advance(0.002)
+        self.assertFalse(self.successResultOf(looking).led)
+        asked = self.storage.asked
+        self.successResultOf(self.looking_here(b"another"))
+        self.assertEqual(asked, self.storage.asked)
+        self.clock.advance(REST_SECONDS)
+        self.storage.held = None
+        self.cache.clear()
+        self.assertTrue(self.successResultOf(self.looking_here()).led)
+
+    def test_failing(self) -> None:
+        """A store that fails is as one that has nothing."""
+        self.storage.held = fail(StorageError("gone"))
+        self.assertFalse(self.successResultOf(self.looking_here()).led)
+
+    def test_damaged(self) -> None:
+        """What cannot be read is as nothing."""
+        self.storage.held = succeed(b"damaged")
+        self.assertFalse(self.successResultOf(self.looking_here()).led)
+
+    def test_too_old(self) -> None:
+        """An answer is no younger for having been kept elsewhere."""
+        self.clock.advance(100)
+        self.assertFalse(self.successResultOf(self.looking_here(BODY, b"max-age=99")).led)
+        self.cache.clear()
+        self.assertTrue(self.successResultOf(self.looking_here()).led)
+        self.clock.advance(3500)
+        self.assertEqual("miss", self.said())
+
+    def test_led_meanwhile(self) -> None:
+        """Who asks the same while the store is asked may begin to ask upstream; both are given that."""
+        self.storage.held = Deferred()
+        first = self.looking_here()
+        _, second = self.look()
+        assert isinstance(second, Recording)
+        self.begin(second)
+        self.storage.held.callback(None)
+        self.assertIs(second, self.successResultOf(first))
+        self.assertEqual(0, second.size_bytes)

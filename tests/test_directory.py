@@ -82,6 +82,35 @@ class DirectoryTests(SynchronousTestCase):
         self.do(self.here.put("keys", "a", b"1"))
         self.assertEqual({"a": b"1"}, self.directory().entries("keys"))
 
+    def test_one_at_a_time(self) -> None:
+        """Of two that change a sort, the second begins when the first has ended, well or not."""
+        begun: list[str] = []
+        first, second = Deferred[None](), Deferred[None]()
+
+        def change(sort: str, name: str, until: Deferred[None]) -> Deferred[None]:
+            async def work() -> None:
+                begun.append(name)
+                await until
+
+            return Deferred.fromCoroutine(self.here.change(sort, work))
+
+        working = change("keys", "a", first)
+        change("keys", "b", second)
+        change("providers", "c", second)
+        self.assertEqual(["a", "c"], begun)
+        first.errback(StorageError("gone"))
+        self.assertEqual(["a", "c", "b"], begun)
+        self.failureResultOf(working, StorageError)
+
+    def test_change_looks_first(self) -> None:
+        """Whoever changes something finds what another node has just made."""
+        self.do(self.here.put("keys", "a", b"1"))
+
+        async def found() -> Any:
+            return dict(self.there.entries("keys"))
+
+        self.assertEqual({"a": b"1"}, self.do(self.there.change("keys", found)))
+
     def test_store_gone(self) -> None:
         """While the store is gone what is known holds, said once; when it is back, changes come again."""
         self.do(self.here.put("keys", "a", b"1"))

@@ -148,6 +148,15 @@ class TestJournal(Case):
         self.assertEqual((deliver(journal, 1), deliver(journal), deliver(journal)), (["b"], ["c"], []))
         self.assertEqual(journal.undelivered, 0)
 
+    def test_found(self) -> None:
+        """A record can be found by its id from its end until it was delivered."""
+        journal = self.opened()
+        settle(journal, "a", "b", "c")
+        self.assertEqual(Record(id="b", reason="complete", status=200), journal.find("b"))
+        self.assertIsNone(journal.find("d"))
+        deliver(journal, 2)
+        self.assertEqual([None, None, "c"], [getattr(journal.find(name), "id", None) for name in "abc"])
+
     def test_written_at_once(self) -> None:
         """What was noted is in the file before the call returns, and readable by its owner alone."""
         journal = self.opened()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from threading import active_count
 from typing import Any
@@ -13,13 +15,16 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from crabtwist.errors import ConfigurationError, RecordRefused
+from crabtwist.ledger.columns import summands, total_of
 from crabtwist.ledger.schema import MIGRATIONS, upgrade
-from crabtwist.ledger.sqlite import LARGEST_SUM, SQLiteLedger, SQLiteLedgerSettings, _File
+from crabtwist.ledger.spans import LENGTHS, covering, newly_over, spans_of
+from crabtwist.ledger.sqlite import SQLiteLedger, SQLiteLedgerSettings, _File
+from crabtwist.ledger.sqlite_totals import LARGEST_SUM
 from crabtwist.money import DOLLAR
-from crabtwist.records import Tokens
+from crabtwist.records import Record, Tokens
 from crabtwist.testing import FakeServices
 from tests import ledger_contract
-from tests.ledger_contract import DAY, names, record
+from tests.ledger_contract import DAY, names, record, scattered
 
 
 class TestSQLiteLedger(ledger_contract.LedgerContract):
@@ -56,6 +61,22 @@ class TestSQLiteLedger(ledger_contract.LedgerContract):
             error = await self.assert_fails(ConfigurationError, self.make(unusable).open())
             self.assertIn(str(unusable), str(error))
         self.assertEqual((active_count(), path.read_text()[:10]), (threads, "dear diary"))
+
+    async def test_of_version_1(self) -> None:
+        """A file with totals of days alone is brought up to date, and its totals are what they were."""
+        records = scattered(200, days=70)
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as database:
+            upgrade(database, "a.db", MIGRATIONS[:1])
+            database.executemany(f"INSERT INTO total VALUES ({', '.join('?' * 16)})", totals_1(records))
+        ledger, new = await self.opened(), self.make(self.path.with_name("new"))
+        await new.open()
+        self.addCleanup(new.close)
+        for each in (ledger, new):
+            await each.append(records if each is new else [])
+            await each.append([record(60 * DAY, id="late"), record(80 * DAY, id="new")])
+        for by in ((), ("principal",), ("model", "provider"), ("principal", "model", "provider"), ("day",)):
+            for days in ({}, {"since": date(1970, 1, 6), "until": date(1970, 3, 3)}):
+                self.assertEqual(await ledger.totals(by, **days), await new.totals(by, **days))
 
     async def test_newer(self) -> None:
         """A file of a newer version is refused and left alone."""
@@ -103,6 +124,51 @@ class TestSQLiteLedger(ledger_contract.LedgerContract):
         left = len((await ledger.records()).records)
         self.assertTrue(0 < left < 100, left)
         self.assertEqual(await pruning, 100)
+
+
+def totals_1(records: Sequence[Record]) -> list[tuple[Any, ...]]:
+    """Return the totals by everything as they were kept in version 1."""
+    sums: dict[Any, list[int]] = {}
+    for each in records:
+        more = summands(each)
+        sums[total_of(each)] = [a + b for a, b in zip(sums.get(total_of(each), [0] * 10), more, strict=True)]
+    rows = [(key, counts, divmod(cost, DOLLAR)) for key, (*counts, cost) in sums.items()]
+    return [("principal,model,provider", *key, *counts, *cost) for key, counts, cost in rows]
+
+
+class TestSpans(SynchronousTestCase):
+    @given(st.integers(-50, 3000), st.integers(-50, 3000), st.integers(0, 3000))
+    @settings(deadline=None)
+    def test_covering(self, first: int, end: int, over_until: int) -> None:
+        """Every day is in one of the spans, and all of them have sums."""
+        days: list[int] = []
+        for length, begin, stop in covering(first, end, over_until):
+            for start in range(begin, stop, length):
+                self.assertIn((length, start), spans_of(start, over_until))
+                days += range(start, start + length)
+        self.assertEqual(sorted(days), list(range(first, end)))
+
+    def test_few(self) -> None:
+        """Few spans make up many days."""
+        for first in range(20000, 20400):
+            runs = covering(first, first + 31, 20300)
+            number = sum((end - begin) // length for length, begin, end in runs if begin < 20300 - length)
+            self.assertLessEqual(number, 8)
+
+    @given(st.lists(st.integers(0, 3000), min_size=1, max_size=5))
+    @settings(deadline=None)
+    def test_newly_over(self, days: list[int]) -> None:
+        """As days go by, the sums of every span that is over are made once, and after those of its halves."""
+        made: set[tuple[int, int]] = set()
+        before = 0
+        for now in sorted(days):
+            for length in LENGTHS[1:]:
+                new = {(length, first) for first in range(*newly_over(length, before, now), length)}
+                self.assertFalse(new & made)
+                made |= new
+            before = now
+            over = {(n, day // n * n) for n in LENGTHS[1:] for day in range(now) if day // n * n + n <= now}
+            self.assertEqual(made, over)
 
 
 PRAGMAS, FULL = ("journal_mode", "synchronous"), 2

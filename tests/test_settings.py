@@ -122,6 +122,11 @@ class TestReading(SynchronousTestCase):
         with self.assertRaises(TypeError):
             prices["new"] = 2
 
+    def test_null(self) -> None:
+        """JSON's null is None where that may be, and of the wrong type elsewhere."""
+        self.assertEqual((None, None), (self.read(weight=None, lock=None).weight, self.read(lock=None).lock))
+        self.assertEqual(["shed.bell: must be true or false, not null"], self.complaints(bell=None))
+
     def test_wrong_types(self) -> None:
         """A value of the wrong type is named by its path, what is wanted, and what it is."""
         for key, value, words in (

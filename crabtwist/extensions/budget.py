@@ -144,6 +144,8 @@ class BudgetExtension(Extension, Service):
         )
         # What costs nothing may be had when nothing is left.
         if amount and not self._may_use(account, amount):
+            # Only who tells hears, and the others may have given something back.
+            self._leases.changed(account)
             raise self._refusal(account, amount)
         account.reserve(amount)
         self._reservations[context.request_id] = _Reservation(account, amount, row)
@@ -168,7 +170,7 @@ class BudgetExtension(Extension, Service):
         return [self._accounts[principal].state(alive) for principal in sorted(self._accounts)]
 
     def state_of(self, principal: str, own: KeyBudgetSettings | None) -> BudgetState | None:
-        """Return how one key's budget stands, `own` being what it brings with it; None if it has none."""
+        """Return how a key's budget stands, `own` being what the key brings with it; None without one."""
         account = self._account(principal, own, self._clock.seconds())
         return None if account is None else account.state(self._alive())
 

@@ -8,6 +8,7 @@ beginning everybody reads at a pace of their own.  Streams are kept and given ag
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Coroutine
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import attrs
 import msgspec
 
 from crabtwist.extension import Extension
+from crabtwist.extensions.cache_store import AnswerStore, KeptAnswer
 from crabtwist.recording import Recording
 from crabtwist.settings import positive
 from crabtwist.values import Context, Headers
@@ -38,7 +40,8 @@ class CacheSettings:
     `scope` "key" gives each key a cache of its own, "shared" all keys the same one.  With `match` "exact"
     bodies are the same if their bytes are; with "meaning" if they say the same in JSON, whatever name the
     model has in them, and the members that `ignore` names (of the outermost object) left out.  An answer
-    larger than `max_entry_bytes` is not kept.
+    larger than `max_entry_bytes` is not kept.  With `in_store` answers are kept in the store as well, where
+    other nodes find them; whoever asks waits for it up to `store_wait_seconds`.
     """
 
     ttl_seconds: float = attrs.field(default=3600.0, validator=positive)
@@ -48,6 +51,8 @@ class CacheSettings:
     scope: Literal["key", "shared"] = "key"
     match: Literal["exact", "meaning"] = "exact"
     ignore: tuple[str, ...] = ()
+    in_store: bool = False
+    store_wait_seconds: float = attrs.field(default=0.05, validator=positive)
 
     def __attrs_post_init__(self) -> None:
         if self.ignore and self.match == "exact":
@@ -83,6 +88,14 @@ class CacheExtension(Extension):
         self._settings = settings
         self._clock = services.clock
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._store: AnswerStore | None = None
+        if settings.in_store:
+            self._store = AnswerStore(
+                services.storage,
+                services.clock,
+                ttl_seconds=settings.ttl_seconds,
+                wait_seconds=settings.store_wait_seconds,
+            )
 
     def __len__(self) -> int:
         """How many answers are kept or on their way."""
@@ -93,7 +106,9 @@ class CacheExtension(Extension):
         for key in list(self._entries):
             self._drop(key)
 
-    def on_cache_lookup(self, context: Context, body: bytes) -> Recording | None:
+    def on_cache_lookup(
+        self, context: Context, body: bytes
+    ) -> Recording | Coroutine[Any, Any, Recording] | None:
         """Return what others were given, or are being given now, or something to record the answer in."""
         wish = _wish(context.headers)
         if wish.no_store:
@@ -106,7 +121,25 @@ class CacheExtension(Extension):
             context.answer_headers[CACHE] = "hit"
             return entry.recording
         context.answer_headers[CACHE] = "bypass" if wish.no_cache else "miss"
-        return self._new(key)
+        recording = self._new(key)
+        if self._store is None or wish.no_cache:
+            return recording
+        return self._looked_for(self._store, key, recording, context, wish)
+
+    async def _looked_for(
+        self, store: AnswerStore, key: bytes, recording: Recording, context: Context, wish: _Wish
+    ) -> Recording:
+        """Return a recording, played from the store if that has the answer."""
+        kept = await store.find(key)
+        entry = self._entries.get(key)
+        # Somebody else may have begun to ask meanwhile.
+        if kept is None or entry is None or entry.recording is not recording or recording.led:
+            return recording
+        if self._clock.seconds() - kept.kept_at <= min(wish.max_age_seconds, self._settings.ttl_seconds):
+            entry.kept_at = kept.kept_at
+            _play(kept, recording)
+            context.answer_headers[CACHE] = "hit"
+        return recording
 
     def _usable(self, key: bytes, wish: _Wish) -> _Entry | None:
         entry = self._entries.get(key)
@@ -138,10 +171,13 @@ class CacheExtension(Extension):
     def _settled(self, key: bytes, entry: _Entry, whole: object) -> None:
         if self._entries.get(key) is not entry:
             return
-        if whole:
-            entry.kept_at = self._clock.seconds()
-        else:
+        if not whole:
             self._drop(key)
+        elif entry.kept_at is None:
+            entry.kept_at = self._clock.seconds()
+            body = entry.recording.body
+            if self._store is not None and body is not None:
+                self._store.keep(key, _kept(entry.recording, body, entry.kept_at))
 
     def _make_room(self) -> None:
         settings = self._settings
@@ -171,6 +207,20 @@ class CacheExtension(Extension):
             digest.update(b"%d:" % len(part))
             digest.update(part)
         return digest.digest()
+
+
+def _kept(recording: Recording, body: bytes, kept_at: float) -> KeptAnswer:
+    return KeptAnswer(
+        recording.status, recording.headers, recording.length, recording.streamed, kept_at, body
+    )
+
+
+def _play(kept: KeptAnswer, recording: Recording) -> None:
+    recording.lead(lambda: None)
+    recording.begin(kept.status, kept.headers, kept.length, streamed=kept.streamed)
+    recording.write(kept.body)
+    recording.finish()
+    recording.settle(complete=True)
 
 
 def _meaning(body: bytes, ignored: tuple[str, ...]) -> bytes:

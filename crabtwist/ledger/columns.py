@@ -1,8 +1,8 @@
 """
 What the ledgers in SQL keep beside a record itself: columns to search by, and sums.
 
-The running totals have a row for each day, principal, model and provider, and others for less, so that a
-question is answered from the rows that are about as little as it asks for.
+The running totals have a row for each span of days (see `spans`), principal, model and provider, and
+others for less, so that a question is answered from the rows that are about as little as it asks for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, timedelta
+from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -26,8 +28,8 @@ LONGEST_NAME_BYTES = 500
 
 NAMES = ("principal", "model", "provider")
 GROUPS = (*NAMES, "day")
-#: What there are totals by, besides the day; the last are by everything.
-GROUPINGS: tuple[tuple[str, ...], ...] = ((), *((name,) for name in NAMES), NAMES)
+#: What there are totals by, besides the day: any of these together.
+GROUPINGS = tuple(chosen for length in range(len(NAMES) + 1) for chosen in combinations(NAMES, length))
 TOKENS = (
     *("input_tokens", "cache_read_tokens", "cache_write_tokens"),
     *("cache_write_1h_tokens", "output_tokens", "reasoning_tokens"),
@@ -46,11 +48,15 @@ _NO_TOKENS = Tokens()
 
 def clean(text: str) -> str:
     """Return a text without what some store refuses: NUL, and halves of surrogate pairs."""
+    if text.isascii() and "\0" not in text:
+        return text
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def searchable(text: str) -> str:
     """Return what a column holds of a text, and what a filter is compared with."""
+    if text.isascii() and len(text) <= LONGEST_NAME_BYTES and "\0" not in text:
+        return text
     return clean(text).encode()[:LONGEST_NAME_BYTES].decode("utf-8", "ignore")
 
 
@@ -95,7 +101,7 @@ def summands(record: Record) -> list[int]:
 # Out of them.
 
 
-def asked_for(by: Collection[str]) -> tuple[list[str], str]:
+def asked_for(by: Collection[str]) -> tuple[list[str], tuple[str, ...]]:
     """
     Return the columns that totals are wanted by, sorted, and the grouping to take them from.
 
@@ -103,8 +109,7 @@ def asked_for(by: Collection[str]) -> tuple[list[str], str]:
     """
     if not set(by) <= set(GROUPS):
         raise ValueError(f"totals are by {', '.join(GROUPS)}, not by {', '.join(by)}")
-    grouping = min((each for each in GROUPINGS if set(by) <= {*each, "day"}), key=len)
-    return [group for group in GROUPS if group in by], ",".join(grouping)
+    return [group for group in GROUPS if group in by], tuple(name for name in NAMES if name in by)
 
 
 def day_numbers(since: date | None, until: date | None) -> tuple[int, int]:
@@ -113,10 +118,15 @@ def day_numbers(since: date | None, until: date | None) -> tuple[int, int]:
     return first, end
 
 
-def total_from(named: Mapping[str, Any]) -> Total:
-    """Return the total of a row, its columns by name."""
-    day = {"day": _EPOCH + timedelta(days=named["day"])} if "day" in named else {}
-    return Total(**{**named, **day})
+def total_from(row: Sequence[Any]) -> Total:
+    """Return the total of a row: each of `GROUPS`, None where not asked for, and `SUMS`."""
+    principal, model, provider, day, *sums = row
+    return Total(principal, model, provider, None if day is None else _day(day), *sums)
+
+
+@lru_cache(maxsize=1000)
+def _day(number: int) -> date:
+    return _EPOCH + timedelta(days=number)
 
 
 def by_rarity(wanted: Mapping[str, str | None]) -> Sequence[str]:
@@ -140,3 +150,16 @@ def read_cursor(cursor: str) -> tuple[int, int]:
     if max(abs(accepted_at), abs(number)) > LARGEST_NUMBER:
         raise ValueError("`before` is not one that a page had")
     return accepted_at, number
+
+
+def end_of(until: int | None, before: str | None) -> tuple[int, int] | None:
+    """
+    Return the row that a page's rows come before, None if there is none.
+
+    One bound, and not two: an index is begun at one of them, and maybe not at the right one.  Raises
+    ValueError for a cursor that is none.
+    """
+    ends = [] if until is None else [(until, -LARGEST_NUMBER)]
+    if before is not None:
+        ends.append(read_cursor(before))
+    return min(ends, default=None)

@@ -87,6 +87,7 @@ class PostgresLedger:
         with connection.transaction():
             set_statement_timeout(connection, MIGRATION_SECONDS)
             migrate_postgres(connection, "ledger", tables.STEPS, self._settings.where)
+            tables.fold(connection)
         set_statement_timeout(connection, self._settings.call_timeout)
 
     def close(self) -> Deferred[None]:

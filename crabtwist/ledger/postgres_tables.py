@@ -29,17 +29,28 @@ from crabtwist.ledger.columns import (
     columns_of,
     cursor_of,
     day_numbers,
-    read_cursor,
+    end_of,
     searchable,
     summands,
     total_from,
     total_of,
 )
+from crabtwist.ledger.spans import LENGTHS, covering
 from crabtwist.records import Page, Record, Total, decode_record
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 _TEXT = 'text COLLATE "C" NOT NULL'
+
+_COPY = f"""
+    INSERT INTO crabtwist_total (grouping_by, days, first, principal, model, provider, {", ".join(SUMS)})
+    SELECT '{{}}', 1, first, {{}}, {{}}, {{}}, {", ".join(f"sum({name})" for name in SUMS)}
+    FROM crabtwist_total WHERE grouping_by = 'principal,model,provider' GROUP BY 1, 2, 3, 4, 5, 6"""
+_PAIRS = (
+    ("principal,model", "principal", "model", "''"),
+    ("principal,provider", "principal", "''", "provider"),
+    ("model,provider", "''", "model", "provider"),
+)
 
 #: Never change one that was released: append the next.
 STEPS: Sequence[Sequence[str]] = (
@@ -59,6 +70,19 @@ STEPS: Sequence[Sequence[str]] = (
             {", ".join(f"{name} numeric NOT NULL" for name in SUMS)},
             PRIMARY KEY (grouping_by, day, principal, model, provider))""",
     ),
+    (
+        # A row is about a span of days from now on, see `spans`, and there are totals by more.
+        "ALTER TABLE crabtwist_total RENAME COLUMN day TO first",
+        "ALTER TABLE crabtwist_total ADD COLUMN days integer NOT NULL DEFAULT 1",
+        "ALTER TABLE crabtwist_total ALTER COLUMN days DROP DEFAULT",
+        "ALTER TABLE crabtwist_total DROP CONSTRAINT crabtwist_total_pkey",
+        *(_COPY.format(*each) for each in _PAIRS),
+        """ALTER TABLE crabtwist_total
+            ADD PRIMARY KEY (grouping_by, days, first, principal, model, provider)""",
+        # The day before which those spans of several days end that have sums.
+        "CREATE TABLE crabtwist_spans (over_until integer NOT NULL)",
+        "INSERT INTO crabtwist_spans VALUES (0)",
+    ),
 )
 
 _COLUMNS = ("id", "accepted_at", "principal", "model", "provider", "reason", "body")
@@ -72,7 +96,8 @@ _ROWS = ", ".join(
 )
 
 #: Two nodes that append at the same time meet in the same order, first on records and then on totals, so
-#: that none waits for one that waits for it.  Only records that were new are summed up.
+#: that none waits for one that waits for it.  Only records that were new are summed up.  While `state` is
+#: locked nobody makes sums of further spans: they would lack what is being added.
 _APPEND = f"""
     WITH given AS MATERIALIZED (
         SELECT nextval('crabtwist_record_number') AS number, row.*
@@ -82,18 +107,54 @@ _APPEND = f"""
         SELECT number, {", ".join(_COLUMNS)} FROM given ORDER BY id, number
         ON CONFLICT (id) DO NOTHING
         RETURNING number
+    ), state AS MATERIALIZED (
+        SELECT over_until FROM crabtwist_spans FOR SHARE
     ), added AS (
-        INSERT INTO crabtwist_total AS old (grouping_by, day, {", ".join(NAMES)}, {", ".join(SUMS)})
-        SELECT grouping_by, total_day,
+        INSERT INTO crabtwist_total AS old
+            (grouping_by, days, first, {", ".join(NAMES)}, {", ".join(SUMS)})
+        SELECT grouping_by, length, total_day / length * length,
             {", ".join(f"CASE WHEN by_{name} THEN total_{name} ELSE '' END" for name in NAMES)},
             {", ".join(f"sum({name})" for name in SUMS)}
         FROM new JOIN given USING (number)
             CROSS JOIN (VALUES {_ROWS}) AS asked (grouping_by, {", ".join(f"by_{name}" for name in NAMES)})
-        GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
-        ON CONFLICT (grouping_by, day, {", ".join(NAMES)}) DO UPDATE SET
+            JOIN unnest(ARRAY{[*LENGTHS]}) AS length ON length = 1 OR
+                (total_day >= 0 AND (total_day / length + 1) * length <= (SELECT over_until FROM state))
+        GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6
+        ON CONFLICT (grouping_by, days, first, {", ".join(NAMES)}) DO UPDATE SET
             {", ".join(f"{name} = old.{name} + EXCLUDED.{name}" for name in SUMS)}
     )
-    SELECT count(*) FROM new"""
+    SELECT (SELECT count(*) FROM new), (SELECT over_until FROM state)"""
+
+#: Makes the sums of the spans that are over, unless somebody is just appending, or doing the same.  What
+#: others had appended before the lock was there is seen only by the statements after it.
+_FOLD = f"""
+    DO $$
+    DECLARE
+        before integer;
+        now_over integer;
+        length integer;
+    BEGIN
+        PERFORM set_config('jit', 'off', true);
+        SELECT over_until INTO before FROM crabtwist_spans FOR UPDATE SKIP LOCKED;
+        SELECT max(first) INTO now_over FROM crabtwist_total WHERE grouping_by = '' AND days = 1;
+        IF now_over > before THEN
+            FOREACH length IN ARRAY ARRAY{[*LENGTHS[1:]]} LOOP
+                INSERT INTO crabtwist_total
+                    (grouping_by, days, first, {", ".join(NAMES)}, {", ".join(SUMS)})
+                SELECT grouping_by, length, first / length * length, {", ".join(NAMES)},
+                    {", ".join(f"sum({name})" for name in SUMS)}
+                FROM crabtwist_total
+                WHERE grouping_by IN ({", ".join(f"'{','.join(each)}'" for each in GROUPINGS)})
+                    AND days = length / 2
+                    AND first >= before / length * length AND first < now_over / length * length
+                GROUP BY 1, 2, 3, 4, 5, 6;
+            END LOOP;
+            UPDATE crabtwist_spans SET over_until = now_over;
+        END IF;
+    END $$"""
+
+#: To compile a statement takes longer than to carry it out.
+_OVER_UNTIL = "SELECT over_until, set_config('jit', 'off', false) FROM crabtwist_spans"
 
 _GET = "SELECT body FROM crabtwist_record WHERE id = %s"
 
@@ -127,12 +188,19 @@ def append(connection: Connection, records: Sequence[Record]) -> int:
     )
     try:
         given = msgspec.json.encode([_given(record) for record in records]).decode()
-        ((new,),) = connection.execute(_APPEND.encode(), (given,)).fetchall()
+        ((new, over_until),) = connection.execute(_APPEND.encode(), (given,)).fetchall()
     except _REFUSALS as error:
         raise RecordRefused(f"PostgreSQL cannot hold it: {error.diag.message_primary}") from error
     except ValueError as error:
         raise RecordRefused(f"PostgreSQL cannot hold it: {error}") from error
+    if any(total_of(record)[0] > over_until for record in records):
+        fold(connection)
     return int(new)
+
+
+def fold(connection: Connection) -> None:
+    """Make the sums of the spans that are over: that end with the newest day or before."""
+    connection.execute(_FOLD.encode())
 
 
 def _given(record: Record) -> dict[str, str | int]:
@@ -154,14 +222,13 @@ def page(
     limit: int,
 ) -> Page:
     """Return records that fit, newest first."""
-    since, until = bounds
+    since, _ = bounds
     conditions: list[tuple[str, tuple[Any, ...]]] = [
         (f"{column} = %s", (searchable(wanted[column] or ""),)) for column in by_rarity(wanted)
     ]
     conditions += [("accepted_at >= %s", (since,))] * (since is not None)
-    conditions += [("accepted_at < %s", (until,))] * (until is not None)
-    if before is not None:
-        conditions.append(("(accepted_at, number) < (%s, %s)", read_cursor(before)))
+    if (end := end_of(bounds[1], before)) is not None:
+        conditions.append(("(accepted_at, number) < (%s, %s)", end))
     where = "WHERE " * bool(conditions) + " AND ".join(clause for clause, _ in conditions)
     query = f"""SELECT accepted_at, number, body FROM crabtwist_record {where}
         ORDER BY accepted_at DESC, number DESC LIMIT %s"""
@@ -176,15 +243,27 @@ def totals(
 ) -> list[Total]:
     """Return totals, sorted by what they are by."""
     groups, grouping = asked_for(by)
-    columns = [*groups, *SUMS]
-    query = f"""SELECT {", ".join([*groups, *(f"sum({name})" for name in SUMS)])} FROM crabtwist_total
-        WHERE grouping_by = %s AND day >= %s AND day < %s"""
+    ((over_until, _),) = connection.execute(_OVER_UNTIL).fetchall()
+    # Sums of single days for what is by day.
+    runs = covering(*day_numbers(since, until), 0 if "day" in by else over_until)
+    if not runs:
+        return []
+    columns = [{"day": "first"}.get(name, name) if name in groups else "NULL" for name in GROUPS]
+    query = f"""SELECT {", ".join([*columns, *(f"sum({name})::text" for name in SUMS)])}
+        FROM (VALUES {", ".join(["(%s, %s, %s)"] * len(runs))}) AS run (length, since, until)
+            JOIN crabtwist_total ON days = run.length AND first >= run.since AND first < run.until
+        WHERE grouping_by = %s"""
     if groups:
-        query += f" GROUP BY {', '.join(groups)} ORDER BY {', '.join(groups)}"
-    rows = connection.execute(query.encode(), (grouping, *day_numbers(since, until))).fetchall()
-    found = [dict(zip(columns, row, strict=True)) for row in rows if row[len(groups)]]
-    # Exact sums come as decimals, whole ones.
-    return [total_from({k: v if k in GROUPS else int(v) for k, v in row.items()}) for row in found]
+        order = ", ".join({"day": "first"}.get(name, name) for name in groups)
+        query += f" GROUP BY {order} ORDER BY {order}"
+    bound = [number for run in runs for number in run]
+    rows = connection.execute(query.encode(), (*bound, ",".join(grouping))).fetchall()
+    return [_total(row) for row in rows if row[len(GROUPS)]]
+
+
+def _total(row: Sequence[Any]) -> Total:
+    sums = map(int, row[len(GROUPS) :])
+    return total_from([*row[: len(GROUPS)], *sums])
 
 
 def newest_excess(connection: Connection, max_records: int) -> list[tuple[Any, ...]]:

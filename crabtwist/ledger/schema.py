@@ -10,6 +10,27 @@ from crabtwist.errors import ConfigurationError
 #: "crbl", so that nobody takes another program's file for a ledger.
 APPLICATION_ID = 0x6372626C
 
+#: In version 2 there are totals by more than before, which are made of those by everything.
+_COPY = """
+    INSERT INTO total
+    SELECT {bits}, 1, day, {principal}, {model}, {provider},
+        SUM(requests), SUM(unpriced), SUM(estimated),
+        SUM(input_tokens), SUM(cache_read_tokens), SUM(cache_write_tokens), SUM(cache_write_1h_tokens),
+        SUM(output_tokens), SUM(reasoning_tokens),
+        SUM(cost_dollars) + SUM(cost_rest) / 1000000000000, SUM(cost_rest) % 1000000000000
+    FROM total_by_day WHERE by = 'principal,model,provider'
+    GROUP BY day, {principal}, {model}, {provider}"""
+_GROUPINGS_2 = (
+    (0, "''", "''", "''"),
+    (1, "principal", "''", "''"),
+    (2, "''", "model", "''"),
+    (4, "''", "''", "provider"),
+    (3, "principal", "model", "''"),
+    (5, "principal", "''", "provider"),
+    (6, "''", "model", "provider"),
+    (7, "principal", "model", "provider"),
+)
+
 #: The statements that lead from each version to the next; the version is how many were taken.
 #:
 #: `record.body` is the record as JSON; the columns before it are copies to search by.  The pages of a
@@ -19,6 +40,10 @@ APPLICATION_ID = 0x6372626C
 #: `total` has a row for each day, principal, model and provider, and others for less: `by` names those
 #: columns that a row is about ("" for the day alone), the others are empty.  A question is answered from
 #: the rows that are about as little as it asks for.
+#:
+#: Since version 2 the rows of `total` are about spans of days, see spans.py: `days` are how many, `first` is
+#: the first, and `spans.over_until` the day before which those of several days end that have sums.
+#: `grouping_bits` says what a row is about: 1 a principal, 2 a model, 4 a provider, or several of them.
 #:
 #: SQLite's integers have 64 bits, and so many picodollars are only nine million dollars: a cost is kept
 #: as whole dollars and the rest, which is less than a dollar.  They are added up outside of SQL.
@@ -62,6 +87,35 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (by, day, principal, model, provider)
         ) STRICT, WITHOUT ROWID
         """,
+    ),
+    (
+        "ALTER TABLE total RENAME TO total_by_day",
+        """
+        CREATE TABLE total (
+            grouping_bits INTEGER NOT NULL,
+            days INTEGER NOT NULL,
+            first INTEGER NOT NULL,
+            principal TEXT NOT NULL,
+            model TEXT NOT NULL,
+            provider TEXT NOT NULL,
+            requests INTEGER NOT NULL,
+            unpriced INTEGER NOT NULL,
+            estimated INTEGER NOT NULL,
+            input_tokens INTEGER NOT NULL,
+            cache_read_tokens INTEGER NOT NULL,
+            cache_write_tokens INTEGER NOT NULL,
+            cache_write_1h_tokens INTEGER NOT NULL,
+            output_tokens INTEGER NOT NULL,
+            reasoning_tokens INTEGER NOT NULL,
+            cost_dollars INTEGER NOT NULL,
+            cost_rest INTEGER NOT NULL,
+            PRIMARY KEY (grouping_bits, days, first, principal, model, provider)
+        ) STRICT, WITHOUT ROWID
+        """,
+        *(_COPY.format(bits=bits, principal=p, model=m, provider=v) for bits, p, m, v in _GROUPINGS_2),
+        "DROP TABLE total_by_day",
+        "CREATE TABLE spans (over_until INTEGER NOT NULL) STRICT",
+        "INSERT INTO spans VALUES (0)",
     ),
 )
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date
+from itertools import chain
+from operator import add
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,26 +26,20 @@ from zope.interface import implementer
 
 from crabtwist.errors import ConfigurationError, RecordRefused, StorageError
 from crabtwist.interfaces import ILedger
+from crabtwist.ledger import sqlite_totals
 from crabtwist.ledger.columns import (
-    GROUPINGS,
     LARGEST_NUMBER,
     LARGEST_PAGE,
-    NAMES,
-    SUMS,
-    asked_for,
     by_rarity,
     clean,
     columns_of,
     cursor_of,
-    day_numbers,
-    read_cursor,
+    end_of,
     searchable,
     summands,
-    total_from,
     total_of,
 )
 from crabtwist.ledger.schema import upgrade
-from crabtwist.money import DOLLAR
 from crabtwist.records import Page, Record, Total, decode_record
 from crabtwist.settings import not_blank
 
@@ -52,23 +47,12 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 5.0
 CACHE_KIB = 16384
-
-#: Sums of a day, key, model and provider end here, so that no sum over them can overflow: a quadrillion.
-LARGEST_SUM = 10**15
-
-#: A sum as it is kept: a cost may be more than fits into an integer of SQLite's.
-_KEPT = (*SUMS[:-1], "cost_dollars", "cost_rest")
+SOON_LOOKED_THROUGH = 2000
 
 _INSERT = "INSERT INTO record VALUES (NULL, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
-_WHERE_TOTAL = "WHERE by = ? AND day = ? AND principal = ? AND model = ? AND provider = ?"
-_READ_TOTAL = f"SELECT {', '.join(_KEPT)} FROM total {_WHERE_TOTAL}"
-_WRITE_TOTAL = f"INSERT OR REPLACE INTO total VALUES ({', '.join('?' * (5 + len(_KEPT)))})"
 
 #: What an `append` raises when a record cannot be stored, now or later.
 _REFUSALS = (sqlite3.DataError, sqlite3.IntegrityError, OverflowError, ValueError)
-
-#: Day, principal, model, provider.
-_Key = tuple[int, str, str, str]
 
 
 @attrs.frozen
@@ -179,6 +163,9 @@ class _File:
                 upgrade(self._database, str(path))
                 for pragma in ("journal_mode = WAL", "synchronous = FULL", f"cache_size = -{CACHE_KIB}"):
                     self._database.execute(f"PRAGMA {pragma}").fetchall()
+                with self._database:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    sqlite_totals.fold(self._database)
             except BaseException:
                 self._database.close()
                 raise
@@ -199,26 +186,17 @@ class _File:
             raise RecordRefused(f"the ledger cannot hold it: {error}") from error
 
     def _append(self, records: Iterable[Record]) -> int:
-        sums: dict[_Key, list[int]] = {}
+        sums: dict[sqlite_totals.Key, list[int]] = {}
+        new = 0
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             for record in records:
                 if self._database.execute(_INSERT, columns_of(record)).rowcount:
-                    _add(sums.setdefault(total_of(record), [0] * len(SUMS)), summands(record))
-            new = sum(requests for requests, *_ in sums.values())
-            for grouping in GROUPINGS:
-                for key, more in _grouped(sums, grouping).items():
-                    self._add_to_total((",".join(grouping), *key), more)
+                    new += 1
+                    key, more = total_of(record), summands(record)
+                    sums[key] = [*map(add, sums[key], more)] if key in sums else more
+            sqlite_totals.add(self._database, sums)
         return new
-
-    def _add_to_total(self, key: tuple[str | int, ...], more: list[int]) -> None:
-        row = self._database.execute(_READ_TOTAL, key).fetchone()
-        if row is not None:
-            *counts, dollars, rest = row
-            _add(more, [*counts, dollars * DOLLAR + rest])
-        *counts, cost = more
-        fitting = [*counts, *divmod(cost, DOLLAR)]
-        self._database.execute(_WRITE_TOTAL, (*key, *(min(number, LARGEST_SUM) for number in fitting)))
 
     def forget(self, newest: Sequence[int], most: int) -> int:
         """Forget the oldest records, up to and with one, and return how many: at most so many."""
@@ -246,16 +224,15 @@ class _File:
         before: str | None,
         limit: int,
     ) -> Page:
-        conditions = {f"{column} = ?": searchable(wanted[column] or "") for column in by_rarity(wanted)}
+        bounds: dict[str, Sequence[int]] = {} if since is None else {"accepted_at >= ?": (since,)}
+        if (end := end_of(until, before)) is not None:
+            bounds["(accepted_at, number) < (?, ?)"] = end
+        filters = [(column, searchable(wanted[column] or "")) for column in by_rarity(wanted)]
+        if len(filters) > 1:
+            filters.sort(key=lambda each: self._leaves(each[0], each[1], bounds))
         # A `+` keeps SQLite from choosing the index of a column that leaves more.
-        conditions = {f"{'+' * bool(n)}{each}": conditions[each] for n, each in enumerate(conditions)}
-        bounds: dict[str, Any] = {"accepted_at >= ?": since, "accepted_at < ?": until}
-        conditions |= {condition: value for condition, value in bounds.items() if value is not None}
-        values: list[Any] = list(conditions.values())
-        clauses = list(conditions)
-        if before is not None:
-            clauses.append("(accepted_at, number) < (?, ?)")
-            values += read_cursor(before)
+        clauses = [*(f"{'+' * bool(n)}{column} = ?" for n, (column, _) in enumerate(filters)), *bounds]
+        values = [*(name for _, name in filters), *chain(*bounds.values())]
         where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
         query = f"SELECT accepted_at, number, body FROM record {where} ORDER BY accepted_at DESC, number DESC"
         rows = self._database.execute(f"{query} LIMIT ?", (*values, limit + 1)).fetchall()
@@ -263,32 +240,12 @@ class _File:
         records = tuple(decode_record(body) for _, _, body in rows[:limit])
         return Page(records, cursor_of(*rows[limit - 1][:2]) if more else None)
 
+    def _leaves(self, column: str, name: str, bounds: Mapping[str, Sequence[int]]) -> int:
+        """Return how many records a filter leaves; no more than are soon looked through."""
+        where = " AND ".join([f"{column} = ?", *bounds])
+        query = f"SELECT COUNT(*) FROM (SELECT 1 FROM record WHERE {where} LIMIT {SOON_LOOKED_THROUGH})"
+        (number,) = self._database.execute(query, (name, *chain(*bounds.values()))).fetchone()
+        return int(number)
+
     def totals(self, by: Collection[str], since: date | None, until: date | None) -> list[Total]:
-        groups, grouping = asked_for(by)
-        sums = [f"SUM({column})" for column in _KEPT]
-        query = f"SELECT {', '.join([*groups, *sums])} FROM total WHERE by = ? AND day >= ? AND day < ?"
-        if groups:
-            query += f" GROUP BY {', '.join(groups)} ORDER BY {', '.join(groups)}"
-        bounds = (grouping, *day_numbers(since, until))
-        with closing(self._database.execute(query, bounds)) as rows:
-            return [_total(groups, row) for row in rows if row[len(groups)]]
-
-
-def _grouped(sums: dict[_Key, list[int]], grouping: Collection[str]) -> dict[_Key, list[int]]:
-    found: dict[_Key, list[int]] = {}
-    for (day, *names), more in sums.items():
-        principal, model, provider = (
-            value if name in grouping else "" for name, value in zip(NAMES, names, strict=True)
-        )
-        _add(found.setdefault((day, principal, model, provider), [0] * len(more)), more)
-    return found
-
-
-def _add(sums: list[int], more: Sequence[int]) -> None:
-    sums[:] = [a + b for a, b in zip(sums, more, strict=True)]
-
-
-def _total(groups: Sequence[str], row: Sequence[Any]) -> Total:
-    named: dict[str, Any] = dict(zip((*groups, *_KEPT), row, strict=True))
-    cost = named.pop("cost_dollars") * DOLLAR + named.pop("cost_rest")
-    return total_from({**named, "cost": cost})
+        return sqlite_totals.totals(self._database, by, since, until)

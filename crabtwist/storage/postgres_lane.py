@@ -152,6 +152,8 @@ class Lane:
         if self._connection is None:
             self._connection = self._connect()
             set_statement_timeout(self._connection, self._settings.call_timeout)
+            # Statements here take a millisecond or two; compiling one first takes a second.
+            self._connection.execute("SELECT set_config('jit', 'off', false)")
         return self._connection
 
     def _disconnect(self) -> None:

@@ -10,7 +10,8 @@ from crabtwist.exchange import STOPPING_RETRY_AFTER_SECONDS
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey, credential
 from crabtwist.settings import Secret
-from crabtwist.web.admin_lock import AdminLock
+from crabtwist.values import AdminAction
+from crabtwist.web.admin_lock import NOT_THE_TOKEN, Administrator, AdminLock
 from crabtwist.web.answers import is_for_admin, path_not_found, send_refusal
 
 #: Where everything is that needs a key.
@@ -23,6 +24,9 @@ OPEN_PATHS = frozenset({b"/", b"/api/hello", b"/health", b"/metrics", b"/ready"}
 #: What anybody may read who knows that there is an admin API; it is not told where there is none.
 DOCUMENT_PATHS = frozenset({b"/docs", b"/openapi.json"})
 
+#: How much is told of where somebody knocked with a wrong token.
+LONGEST_TARGET = 200
+
 
 class Admission:
     """
@@ -30,10 +34,9 @@ class Admission:
 
     Called with the request; returns the `Refusal`, or None after having set the request's `admission` to
     the `VirtualKey`, or to None in a gateway that serves anybody.  `OPEN_PATHS` are for all, what is `LOCKED`
-    for those with a key, and nothing else is there but, with an `admin_token`, `DOCUMENT_PATHS`.  What is
-    for administrators no key opens, but the
+    for those with a key, and nothing else is there.  What is for administrators no key opens, but the
     admin token alone: `admission` is an `Administrator` there, and nowhere else.  Without one, `admin_token`
-    None, there is nothing for them.
+    None, there is nothing for them, and no `DOCUMENT_PATHS` for all.
     """
 
     def __init__(self, gateway: Gateway, admin_token: Secret | None = None) -> None:
@@ -52,7 +55,7 @@ class Admission:
             self._refuse_while_draining()
             _refuse_unreadable(request.path)
             if is_for_admin(request.path):
-                request.admission = self._admin_lock.admit(request)
+                request.admission = self._administrator(request)
             else:
                 request.admission = self._authenticated(request.requestHeaders)
             _refuse_encoded(request.requestHeaders)
@@ -64,6 +67,29 @@ class Admission:
         """Count and send a refusal: one of these, or of a body that is too large, too slow or malformed."""
         self._gateway.metrics.refused(refusal.slug)
         send_refusal(request, refusal)
+
+    def _administrator(self, request: Any) -> Administrator:
+        try:
+            return self._admin_lock.admit(request)
+        except Refusal as refusal:
+            if refusal.slug == NOT_THE_TOKEN:
+                self._tell_of_wrong_token(request, refusal)
+            raise
+
+    def _tell_of_wrong_token(self, request: Any, refusal: Refusal) -> None:
+        # Only of these: there are few of them from one address, and who sends none at all guesses nothing.
+        host = getattr(request.getClientAddress(), "host", "a Unix socket")
+        method, path = (text.decode("latin-1")[:LONGEST_TARGET] for text in (request.method, request.path))
+        self._gateway.hooks.administered(
+            AdminAction(
+                at=self._gateway.clock.seconds(),
+                actor="unknown",
+                action="admin.admit",
+                target=f"{method} {path}",
+                outcome="refused",
+                detail=f"{refusal.message}; from {host}",
+            )
+        )
 
     def _refuse_while_draining(self) -> None:
         if self._gateway.draining:

@@ -11,8 +11,17 @@ from twisted.logger import Logger
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import RequestRedirect
 
+from crabtwist.administration import Administration
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway import Gateway
+from crabtwist.web.admin.endpoint import Endpoint, add_endpoints
+from crabtwist.web.admin.inside import Inside
+from crabtwist.web.admin.keys import key_endpoints
+from crabtwist.web.admin.openapi import add_document
+from crabtwist.web.admin.providers import provider_endpoints
+from crabtwist.web.admin.requests import request_endpoints
+from crabtwist.web.admin.state import state_endpoints
+from crabtwist.web.admin.usage import usage_endpoints
 from crabtwist.web.answers import path_not_found, say_refusal
 from crabtwist.web.extensions import add_extensions
 from crabtwist.web.models import add_models
@@ -22,11 +31,18 @@ from crabtwist.web.process import add_process
 _log = Logger()
 
 
-def make_app(gateway: Gateway, extensions: Sequence[Any] = ()) -> Klein:
+def make_app(
+    gateway: Gateway,
+    extensions: Sequence[Any] = (),
+    administration: Administration | None = None,
+    inside: Inside | None = None,
+) -> Klein:
     """
     Return the application; its resource goes under a `Site`.
 
-    `extensions` may show something to administrators.  Raises `ConfigurationError` if one cannot.
+    `extensions` may show something to administrators.  Without an `administration` they can change
+    nothing, and without the `inside` of a node see nothing of it.  Raises `ConfigurationError` if an
+    extension cannot show what it means to.
     """
     app = Klein()
     # A redirect would make clients repeat a POST, or give up.
@@ -36,8 +52,25 @@ def make_app(gateway: Gateway, extensions: Sequence[Any] = ()) -> Klein:
     add_models(app, gateway)
     add_process(app, gateway)
     add_extensions(app, extensions)
+    endpoints = _endpoints(administration, inside)
+    if endpoints:
+        add_endpoints(app, endpoints, gateway)
+        add_document(app, endpoints)
     _add_errors(app, gateway)
     return app
+
+
+def _endpoints(administration: Administration | None, inside: Inside | None) -> list[Endpoint]:
+    """Return what administrators can do, in the order of the document; one line for each family."""
+    endpoints: list[Endpoint] = []
+    if administration is not None:
+        endpoints += key_endpoints(administration.keys)
+        endpoints += provider_endpoints(administration.providers)
+    if inside is not None:
+        endpoints += usage_endpoints(inside)
+        endpoints += request_endpoints(inside)
+        endpoints += state_endpoints(inside)
+    return endpoints
 
 
 def _add_errors(app: Klein, gateway: Gateway) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import date
+from datetime import date, timedelta
 from random import Random
 from typing import Any
 
@@ -14,17 +14,32 @@ from twisted.trial.unittest import SkipTest
 
 from crabtwist.errors import RecordRefused, StorageError
 from crabtwist.ledger import postgres_tables
+from crabtwist.ledger.columns import SUMS, summands, total_of
 from crabtwist.ledger.postgres import PostgresLedger, PostgresLedgerSettings
-from crabtwist.records import Tokens
+from crabtwist.records import Record, Tokens
 from crabtwist.settings import Secret
 from crabtwist.storage.postgres import PostgresStorage
 from crabtwist.testing import FakeServices
 from tests import ledger_contract, storage_contract
 from tests.integration import servers
-from tests.ledger_contract import mixed, names, record
+from tests.ledger_contract import DAY, mixed, names, record, scattered
 
 #: How long calls may take where nothing goes wrong, on a machine that is busy with other things.
 PATIENCE_SECONDS = 20.0
+
+
+FOLD = postgres_tables.fold
+
+
+def insert_1(each: Record) -> str:
+    """Return what inserts a total by everything, of one record, as it was kept in version 1."""
+    day, *who = total_of(each)
+    values = ", ".join(f"'{name}'" for name in who)
+    table = "crabtwist_total AS old"
+    key = "(grouping_by, day, principal, model, provider)"
+    changes = ", ".join(f"{name} = old.{name} + EXCLUDED.{name}" for name in SUMS)
+    return f"""INSERT INTO {table} VALUES ('principal,model,provider', {day}, {values},
+        {", ".join(map(str, summands(each)))}) ON CONFLICT {key} DO UPDATE SET {changes}"""
 
 
 class TestPostgresLedger(ledger_contract.LedgerContract):
@@ -102,6 +117,18 @@ class TestPostgresLedger(ledger_contract.LedgerContract):
         totals = await ledgers[0].totals(("model",))
         self.assertEqual([total.requests for total in totals], [40] * 200)
 
+    async def test_days_from_all(self) -> None:
+        """While days end for several nodes at once, and records of earlier days come, sums stay exact."""
+        ledgers, records = await self.several(), scattered(1200, days=300)
+        calls = [ledgers[n % 4].append(records[n * 10 : n * 10 + 10]) for n in range(120)]
+        self.assertEqual(sum(await gatherResults(calls)), 1200)
+        await ledgers[0].append([record(400 * DAY, id="last", cost=0)])
+        for first, end in ((0, 64), (3, 290), (-50, 500), (100, 131)):
+            days = [date(1970, 1, 1) + timedelta(days=day) for day in (first, end)]
+            (total,) = await ledgers[1].totals((), since=days[0], until=days[1])
+            fit = [each.cost or 0 for each in records if first * DAY <= each.accepted_at < end * DAY]
+            self.assertEqual(total.cost, sum(fit))
+
     async def test_one_connection(self) -> None:
         """One connection is enough."""
         ledger = self.make(connections=1)
@@ -146,6 +173,13 @@ class TestPostgresLedger(ledger_contract.LedgerContract):
         (row,) = await ledger._lanes[0].ask(lambda it: it.execute("SHOW synchronous_commit").fetchall(), 9)
         self.assertEqual(row, ("on",))
 
+    async def test_not_compiled(self) -> None:
+        """The server compiles no statement, which would take it much longer than to run it."""
+        ledger = await self.opened()
+        for lane in ledger._lanes:
+            (row,) = await lane.ask(lambda it: it.execute("SHOW jit").fetchall(), PATIENCE_SECONDS)
+            self.assertEqual(row, ("off",))
+
     async def test_foreign_client_encoding(self) -> None:
         """What the environment says of encodings keeps no text away."""
         os.environ["PGCLIENTENCODING"] = "LATIN1"
@@ -169,6 +203,25 @@ class TestPostgresLedger(ledger_contract.LedgerContract):
         ledger = (await self.several())[0]
         self.assertEqual(await ledger.get("req_1"), record(1))
         self.assertEqual(await deferToThread(self.run_sql, "SELECT mood FROM crabtwist_record"), [(None,)])
+
+    async def test_of_version_1(self) -> None:
+        """A schema with totals of days alone is brought up to date, and its totals are what they were."""
+        steps, records = postgres_tables.STEPS, scattered(60, days=70)
+        self.patch(postgres_tables, "STEPS", steps[:1])
+        # What opens it makes sums of spans, which there were none of.
+        self.patch(postgres_tables, "fold", lambda _: None)
+        await (await self.opened()).close()
+        await deferToThread(self.run_sql, *map(insert_1, records))
+        self.patch(postgres_tables, "STEPS", steps)
+        self.patch(postgres_tables, "fold", FOLD)
+        ledger = await self.opened()
+        await ledger.append([record(60 * DAY, id="late", cost=1), record(80 * DAY, id="new", cost=2)])
+        for days in ({}, {"since": date(1970, 1, 6), "until": date(1970, 3, 3)}):
+            for by in (("principal", "model"), ("model", "provider")):
+                total = sum(each.cost for each in await ledger.totals(by, **days))
+                bounds = (5 * DAY, 61 * DAY) if days else (-100 * DAY, 100 * DAY)
+                fit = [each.cost or 0 for each in records if bounds[0] <= each.accepted_at < bounds[1]]
+                self.assertEqual(total, sum(fit) + (1 if days else 3))
 
     async def test_newer_schema(self) -> None:
         """A newer schema is refused."""

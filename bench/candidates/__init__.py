@@ -1,0 +1,1 @@
+"""The gateways that are measured, each with the configuration that it is measured with."""
