@@ -78,29 +78,31 @@ class Directory:
     async def put(self, sort: str, name: str, value: bytes) -> None:
         """Make or replace an entry.  Fails with `StorageError`, and then it may have been made or not."""
         await self._storage.set(_namespace(sort), name.encode(), value)
-        await self._raise_version()
+        await self._raise_version((sort, name))
 
     async def delete(self, sort: str, name: str) -> None:
         """Forget an entry; as `put`."""
         await self._storage.delete(_namespace(sort), name.encode())
-        await self._raise_version()
+        await self._raise_version((sort, name))
 
-    async def _raise_version(self) -> None:
+    async def _raise_version(self, touched: tuple[str, str]) -> None:
         await self._storage.increment(_namespace("directory"), _VERSION, 1)
-        await self._look()
+        await self._look(touched)
 
     def _poll(self) -> Deferred[None]:
         looking = Deferred.fromCoroutine(self._look())
         return looking.addCallbacks(lambda _: self._answered(), self._failed)
 
-    async def _look(self) -> None:
-        """Read everything again if something was changed."""
+    async def _look(self, touched: tuple[str, str] | None = None) -> None:
+        """Read everything again if something was changed; `touched` is what this node just has."""
         await self._lock.acquire()
         try:
             version = await self._storage.increment(_namespace("directory"), _VERSION, 0)
             if version == self._version:
                 return
             found = {sort: await self._read(sort) for sort in self._entries}
+            if version < self._version:
+                version = await self._mend(version, found, touched)
             # Only now: a change while it was read has raised the version once more.
             self._version = version
         finally:
@@ -109,6 +111,31 @@ class Directory:
         self._entries = found
         if differing:
             self.changed(differing)
+
+    async def _mend(
+        self, version: int, found: dict[str, dict[str, bytes]], touched: tuple[str, str] | None
+    ) -> int:
+        """
+        Bring a store that has lost its latest up to date, and return its version then.
+
+        It may be empty, or as it was some time ago: then what is known here is newer, and what was deleted
+        since must not be there again.
+        """
+        self._log.warn("the store has forgotten keys or providers; they are written to it again")
+        for sort, known in self._entries.items():
+            there = found[sort]
+            for name in known.keys() | there.keys():
+                if (sort, name) == touched or known.get(name) == there.get(name):
+                    continue
+                if name in known:
+                    there[name] = known[name]
+                    await self._storage.set(_namespace(sort), name.encode(), known[name])
+                else:
+                    del there[name]
+                    await self._storage.delete(_namespace(sort), name.encode())
+        above = self._version + 1 - version
+        raised: int = await self._storage.increment(_namespace("directory"), _VERSION, above)
+        return raised
 
     async def _read(self, sort: str) -> dict[str, bytes]:
         return {key.decode(): value for key, value in await self._storage.list(_namespace(sort))}

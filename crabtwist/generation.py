@@ -35,7 +35,13 @@ class Services:
     storage: Any = None
     limits: ConnectionLimits = attrs.field(factory=ConnectionLimits)
     on_stale_retry: Callable[[], object] | None = None
+    metrics: Metrics | None = None
     agents: list[UpstreamAgent] = attrs.field(factory=list)
+
+    def show(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Have the metrics show a gauge; a provider's are not shown, for a reload would make them twice."""
+        if self.metrics is not None:
+            self.metrics.show(name, what, read)
 
     def agent(self, *, ca_file: str | None = None) -> UpstreamAgent:
         """Return a new agent with the bounds of the configuration."""

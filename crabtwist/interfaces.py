@@ -73,6 +73,13 @@ class IServices(Interface):
     storage = Attribute("The configured `IStorage`, for extensions; None for providers and for stores.")
     directory = Attribute("A `pathlib.Path`: the configuration's folder, where relative paths begin.")
 
+    def show(name, what, read):  # type: ignore[no-untyped-def]
+        """
+        Have the metrics show a gauge `crabtwist_NAME`: `read` returns its number whenever somebody looks.
+
+        `what` says what it is.  For extensions and stores, which are made once; each name once.
+        """
+
     def agent(*, ca_file=None):  # type: ignore[no-untyped-def]
         """
         Return a new `twisted.web.iweb.IAgent` with its own pool of connections.

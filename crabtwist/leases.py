@@ -142,6 +142,11 @@ class Leases:
         self._looking.clock = clock
         self._lock = DeferredLock()
 
+    def show_in(self, services: Any) -> None:
+        """Show in the metrics whether the store answers; `services` is an `IServices`."""
+        name, what = f"{self._namespace}_in_touch", f"Whether {self._namespace} hears from the store."
+        services.show(name, what, lambda: self.in_touch)
+
     @property
     def nodes(self) -> int:
         """How many nodes are alive."""

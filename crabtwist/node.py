@@ -81,7 +81,7 @@ class Node(Service):
         self._start_failed = start_failed
         metrics = Metrics()
         self._generation = Generation(config, reactor, metrics, directory)
-        self._services = Services(clock=reactor, directory=directory)
+        self._services = Services(clock=reactor, directory=directory, metrics=metrics)
         self._storage = config.storage.maker.make(config.storage.settings, self._services)
         self._services.storage = self._storage
         self._administration = Administration(config, makers, self._storage, reactor, directory)

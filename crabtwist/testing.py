@@ -6,7 +6,7 @@ Nothing here opens a socket or reads a real clock; time is a `twisted.internet.t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,18 @@ JSON: Headers = ((b"content-type", b"application/json"),)
 
 @implementer(IServices)
 class FakeServices:
-    """Services without a network: a clock that the test advances, and a folder of its own."""
+    """Services without a network: a clock that the test advances, a folder of its own, gauges in `shown`."""
 
     def __init__(self, clock: Clock | None = None, directory: Path | None = None) -> None:
         self.clock = clock or Clock()
         self.directory = directory or Path()
         self.storage: Any = None
+        self.shown: dict[str, Callable[[], float]] = {}
+
+    def show(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Remember what is to be shown, by name."""
+        assert what and name not in self.shown, "shown twice"
+        self.shown[name] = read
 
     def agent(self, *, ca_file: str | None = None) -> Any:
         """There is no network here."""

@@ -483,8 +483,7 @@ class InStoreTests(CacheTestCase):
     def setUp(self) -> None:
         """Have something answered by one node; look on another."""
         super().setUp()
-        self.services = FakeServices(self.clock)
-        self.storage = self.services.storage = HeldStorage(None, self.services)
+        self.storage = HeldStorage(None, FakeServices(self.clock))
         self.node()
         self.looking_here()
         self.keep_here()
@@ -492,7 +491,9 @@ class InStoreTests(CacheTestCase):
 
     def node(self, **options: Any) -> None:
         """Go to a new node."""
-        self.cache = CacheExtension(CacheSettings(in_store=True, **options), self.services)
+        services = FakeServices(self.clock)
+        services.storage = self.storage
+        self.cache = CacheExtension(CacheSettings(in_store=True, **options), services)
 
     def looking_here(self, *arguments: Any) -> Deferred[Recording]:
         """Return what is being looked for."""

@@ -125,6 +125,38 @@ class DirectoryTests(SynchronousTestCase):
         self.clock.advance(POLL_SECONDS)
         self.assertEqual({"a", "b"}, set(self.there.entries("keys")))
 
+    def test_store_lost_everything(self) -> None:
+        """A store that comes back empty is told again what is known, and nobody's key stops working."""
+        self.do(self.here.put("keys", "a", b"1"))
+        self.clock.advance(POLL_SECONDS)
+        self.changes.clear()
+        self.storage.close()
+        self.clock.advance(POLL_SECONDS)
+        self.assertEqual(({"a": b"1"}, []), (self.there.entries("keys"), self.changes))
+        self.assertEqual({"a": b"1"}, self.directory().entries("keys"))
+
+    def test_store_went_back(self) -> None:
+        """A store that comes back as it was some time ago does not bring back what was deleted since."""
+        self.do(self.here.put("keys", "a", b"old"))
+        self.do(self.here.put("keys", "a", b"new"))
+        self.clock.advance(POLL_SECONDS)
+        self.storage.close()
+        for name, value in ((b"a", b"old"), (b"deleted", b"1")):
+            self.storage.set("admin.keys", name, value)
+        self.clock.advance(POLL_SECONDS)
+        self.assertEqual({"a": b"new"}, self.directory().entries("keys"))
+
+    def test_changed_after_a_loss(self) -> None:
+        """What is made or deleted before anybody saw the loss is as it was asked for."""
+        for name in ("a", "b"):
+            self.do(self.here.put("keys", name, b"1"))
+        self.storage.close()
+        self.do(self.here.put("keys", "c", b"1"))
+        self.assertEqual({"a", "b", "c"}, set(self.here.entries("keys")))
+        self.storage.close()
+        self.do(self.here.delete("keys", "a"))
+        self.assertEqual({"b", "c"}, set(self.here.entries("keys")))
+
     def test_put_fails(self) -> None:
         """A change that the store does not take fails, so that nobody thinks it was made."""
         self.storage.gone = True

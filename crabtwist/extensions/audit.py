@@ -181,6 +181,10 @@ class AuditExtension(Extension, Service):
         self._path = services.directory / settings.path
         self._refuses = settings.on_failure == "refuse"
         self.trail = Trail(RotatingFile(self._path, settings.max_bytes, settings.keep_files), services.clock)
+        services.show(
+            "audit_failures", "Lines that could not be written at once.", lambda: self.trail.failures
+        )
+        services.show("audit_lost", "Lines that were never written.", lambda: self.trail.lost)
 
     def startService(self) -> None:
         """Open the file.  Raises `ConfigurationError` when it cannot be."""

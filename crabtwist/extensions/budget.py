@@ -102,6 +102,7 @@ class BudgetExtension(Extension, Service):
         self._settings = settings
         self._clock = services.clock
         self._leases = Leases(services.storage, "budget", services.clock)
+        self._leases.show_in(services)
         self._shared = bool(services.storage.between_nodes)
         self._fallback = settings.fallback.row("fallback") if settings.fallback is not None else None
         self._default = settings.budget(KeyBudgetSettings())

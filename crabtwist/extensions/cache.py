@@ -88,6 +88,8 @@ class CacheExtension(Extension):
         self._settings = settings
         self._clock = services.clock
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        services.show("cache_entries", "Answers that are kept or on their way.", lambda: len(self))
+        services.show("cache_bytes", "What they take in memory.", lambda: self.size_bytes)
         self._store: AnswerStore | None = None
         if settings.in_store:
             self._store = AnswerStore(

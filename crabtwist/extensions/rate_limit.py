@@ -71,6 +71,7 @@ class RateLimitExtension(Extension, Service):
         self._leases: Leases | None = None
         if services.storage is not None and services.storage.between_nodes:
             self._leases = Leases(services.storage, self.name, services.clock)
+            self._leases.show_in(services)
         self._meters: dict[tuple[str, ...], Meter] = {}
         self._look_for_idle_at = 0.0
         self._charges: dict[str, _Charge] = {}
