@@ -16,6 +16,7 @@ from crabtwist.keys import KeyTerms, unheeded
 from crabtwist.seal import Seal
 from crabtwist.settings import read, word
 from crabtwist.stored_keys import StoredKey, StoredSecret, decode, issue, table_of
+from crabtwist.terms import KeyBudgetSettings, LimitSettings
 
 #: The sort of entries in the directory.
 KEYS = "keys"
@@ -24,6 +25,8 @@ KEYS = "keys"
 OVERLAP_SECONDS = 24 * 3600.0
 
 T = TypeVar("T", bound=KeyTerms)
+
+_TABLES = {"limits": LimitSettings, "budget": KeyBudgetSettings}
 
 _log = Logger()
 
@@ -103,8 +106,9 @@ class AdminKeys:
         asked = self._read(NewKeyTerms, table, KeyTerms())
 
         async def put() -> tuple[KnownKey, str]:
-            if any(key.name == asked.name for key in self.all()):
-                message = f"there is a key {asked.name!r} already; update or rotate that one"
+            for key in [key for key in self.all() if key.name == asked.name]:
+                instead = "it is in the configuration file" if key.source == "file" else "update or rotate that one"
+                message = f"there is a key {asked.name!r} already; {instead}"
                 raise Refusal(409, "key_exists", message)
             key, secret = issue(asked.name, _terms(asked), digest_key, self._clock.seconds())
             return await self._put(key), secret
@@ -116,9 +120,10 @@ class AdminKeys:
 
         async def put() -> KnownKey:
             key = self._own(name)
-            # A null that removes nothing is still refused if there is no such term.
-            strange = {member: None for member in patch if member not in attrs.fields_dict(KeyTerms)}
-            table = {**merged(table_of(key.terms), patch), **strange}
+            table = _with_strange(KeyTerms, merged(table_of(key.terms), patch), patch)
+            for member, cls in _TABLES.items():
+                if isinstance(patch.get(member), Mapping):
+                    table[member] = _with_strange(cls, table[member], patch[member])
             return await self._put(attrs.evolve(key, terms=self._read(KeyTerms, table, key.terms)))
 
         return await self._directory.change(KEYS, put)
@@ -191,6 +196,11 @@ def merged(target: Any, patch: Any) -> Any:
         else:
             result[name] = merged(result.get(name), value)
     return result
+
+
+def _with_strange(cls: type[Any], table: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with what there is no such thing as, so that it is refused though its null removes nothing."""
+    return {**table, **{member: None for member in patch if member not in attrs.fields_dict(cls)}}
 
 
 def no_secret_key() -> Refusal:

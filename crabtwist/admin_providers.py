@@ -26,12 +26,18 @@ PROVIDERS = "providers"
 #: Stands for a credential where it is shown; where it comes back, the credential stays.
 MASK = "********"
 
+#: An upstream that lists more is not served as a whole.
+MOST_LISTED_MODELS = 5_000
+
 _UNKNOWN = ["unknown"]
 
 _log = Logger()
 
 #: Asks an upstream, by a provider that is made for it and then let go, for the models that it serves.
 Probe = Callable[[ConfiguredProvider], Awaitable[list[str]]]
+
+#: Makes a provider and lets it go; raises `ConfigurationError` if it cannot be made.
+Try = Callable[[ConfiguredProvider], object]
 
 
 @attrs.frozen
@@ -63,12 +69,14 @@ class AdminProviders:
         makers: Makers,
         config: Callable[[], Config],
         probe: Probe,
+        try_making: Try,
     ) -> None:
         self._directory = directory
         self._seal = seal
         self._makers = makers
         self._config = config
         self._probe = probe
+        self._try_making = try_making
 
     def stored(self) -> tuple[ConfiguredProvider, ...]:
         """Return those that were made, by name; one that cannot be used is logged and left out."""
@@ -178,9 +186,15 @@ class AdminProviders:
             table = {**table, "models": self._servable(listed)}
             if not table["models"]:
                 raise _refused(["models: the upstream lists none; name those to serve"])
+            if len(table["models"]) > MOST_LISTED_MODELS:
+                raise _refused([f"models: the upstream lists {len(listed)}; name those to serve"])
         elif probe:
             await self._probed(self._read(name, table))
         configured = self._read(name, table)
+        try:
+            self._try_making(configured)
+        except ConfigurationError as error:
+            raise _refused(_without_path(name, error.complaints)) from error
         await self._directory.put(PROVIDERS, name, sealed.close(msgspec.json.encode(table)))
         return _known(configured, "api")
 
@@ -197,7 +211,7 @@ class AdminProviders:
         try:
             return await self._probe(configured)
         except ConfigurationError as error:
-            raise _refused(error.complaints) from error
+            raise _refused(_without_path(configured.name, error.complaints)) from error
         except UpstreamError as error:
             raise Refusal(
                 422, "upstream_unusable", f"the upstream was asked for its models: {error.message}"
@@ -250,8 +264,13 @@ class AdminProviders:
                 for model in configured.common.models
                 if model.name in aliases
             ]
-        prefix = f"{key_path('providers', name)}."
-        return configured, [each.removeprefix(prefix) for each in complaints]
+        return configured, _without_path(name, complaints)
+
+
+def _without_path(name: str, complaints: list[str]) -> list[str]:
+    """Return complaints as they are of what was sent, which has no `providers.NAME` around it."""
+    prefixes = (f"{key_path('providers', name)}.", f"providers.{name}.")
+    return [each.removeprefix(prefixes[0]).removeprefix(prefixes[1]) for each in complaints]
 
 
 def _refused(complaints: list[str]) -> Refusal:

@@ -49,7 +49,9 @@ class Administration:
         self._seal = None if config.secret_key is None else Seal(config.secret_key)
         self._directory = Directory(storage, clock, (KEYS, PROVIDERS))
         self._directory.changed = self._changed
-        self.providers = AdminProviders(self._directory, self._seal, makers, lambda: self.config, self._probe)
+        self.providers = AdminProviders(
+            self._directory, self._seal, makers, lambda: self.config, self._probe, self._alone
+        )
         self.keys = AdminKeys(self._directory, self._seal, clock, lambda: self.config, self._models)
 
     async def start(self) -> None:
@@ -91,10 +93,14 @@ class Administration:
         names = {model.name for each in served for model in each.common.models}
         return names | self.config.aliases.keys()
 
+    def _alone(self, configured: ConfiguredProvider) -> Generation:
+        """Return a generation of one provider; raises `ConfigurationError` if it cannot be made."""
+        alone = attrs.evolve(self.config, providers=(configured,))
+        return Generation(alone, self._clock, Metrics(), self._folder)
+
     async def _probe(self, configured: ConfiguredProvider) -> list[str]:
         """Ask an upstream for its models, by a provider of its own."""
-        alone = attrs.evolve(self.config, providers=(configured,))
-        generation = Generation(alone, self._clock, Metrics(), self._folder)
+        generation = self._alone(configured)
         generation.start()
         try:
             asking: Awaitable[list[str]] = generation.providers[0].list_models()

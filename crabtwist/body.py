@@ -136,8 +136,9 @@ class RequestBody(JSONObject):
     """
     A body that passed every check, and what it says.
 
-    `stream` is False where it is absent or null.  `max_tokens` is the caller's bound on the answer
-    (OpenAI's `max_completion_tokens` wins over `max_tokens`), None where there is none.
+    `stream` is False where it is absent or null.  `max_tokens` is the caller's bound on the answer, None
+    where there is none; of `max_tokens` and `max_completion_tokens` the larger one, for some upstreams read
+    only the one, and others only the other.
     """
 
     model: str
@@ -180,7 +181,7 @@ def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
         members=members,
         model=_model(values.get("model")),
         stream=_stream(values.get("stream")),
-        max_tokens=limits[0] if limits[0] is not None else limits[1],
+        max_tokens=max((limit for limit in limits if limit is not None), default=None),
     )
 
 

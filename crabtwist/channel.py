@@ -9,7 +9,7 @@ nothing more of that connection is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from twisted.web import http, server
 from twisted.web.http_headers import Headers as HeaderMap
 
 from crabtwist.errors import Refusal, internal_error
-from crabtwist.gateway_request import GatewayRequest
+from crabtwist.gateway_request import REASONS, GatewayRequest
 from crabtwist.headers import written
 from crabtwist.http_reader import BodyReader, ChunkReader, Head, HeadReader, HTTPLimits, tokens, too_large
 from crabtwist.values import Headers
@@ -38,7 +38,8 @@ class ChannelOwner(Protocol):
     `admit` is called once for each good head, before its body is taken; what it returns, or a 500 if it
     raises, is answered at once and ends the connection.  `render_refusal` answers and finishes such a
     request before it returns.  `refuse` words a refusal where there is no request: status, slug, message
-    and the path (b"" if unknown) to header fields and body.  While `draining`, every answer is its
+    and the path (b"" if unknown) to header fields and body.  `shortcuts` serve methods and paths that need no
+    looking for; whoever they are has to finish the request.  While `draining`, every answer is its
     connection's last.
     """
 
@@ -48,6 +49,7 @@ class ChannelOwner(Protocol):
     admit: Callable[[GatewayRequest], Refusal | None]
     render_refusal: Callable[[GatewayRequest, Refusal], None]
     refuse: Callable[[int, str, str, bytes], tuple[Headers, bytes]]
+    shortcuts: Mapping[tuple[bytes, bytes], Callable[[GatewayRequest], object]]
 
     def channel_opened(self, channel: GatewayChannel) -> None:
         """Count a channel."""
@@ -355,7 +357,7 @@ class GatewayChannel(http.HTTPChannel):
         headers = HeaderMap()
         for name, value in (*fields, *refusal.fields, (b"content-length", b"%d" % len(body))):
             headers.addRawHeader(name, value)
-        reason = http.RESPONSES.get(refusal.status, b"Refused")
+        reason = REASONS.get(refusal.status, b"Refused")
         self.writeHeaders(b"HTTP/1.1", b"%d" % refusal.status, reason, headers)
         if method != b"HEAD":
             self._wire.write(body)

@@ -59,7 +59,7 @@ def charge(context: Context, outcome: Outcome, row: PriceRow | None, reserved: i
     counted = _counted(outcome, row)
     if outcome.usage is not None and outcome.usage.complete:
         return counted
-    if row is None or not any(map(_may_be_billed, outcome.attempts)):
+    if row is None or not any(map(may_be_billed, outcome.attempts)):
         return counted
     if not context.stream and outcome.reason != "complete":
         return max(counted, reserved)
@@ -77,6 +77,7 @@ def _counted(outcome: Outcome, row: PriceRow | None) -> int:
     return receipt(evolve(outcome.usage, raw=b""), row, _NO_PRICES, "").total
 
 
-def _may_be_billed(attempt: Attempt) -> bool:
+def may_be_billed(attempt: Attempt) -> bool:
+    """Say whether an upstream may have taken an attempt on: it was reached, and did not refuse."""
     refused = attempt.status is not None and attempt.status >= 300
     return not refused and attempt.error not in _UNBILLED

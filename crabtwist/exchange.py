@@ -250,7 +250,7 @@ class Exchange:
         if self._abandoned:
             raise CancelledError
         self._client.answer(Answer(status, headers, body))
-        if self._model_answered is None and self._operation.counts:
+        if self._cache_hit and self._operation.counts:
             reader = self._operation.dialect.reader(hide_usage=False)
             reader.body(body)
             self._model_answered = reader.model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
+from http import HTTPStatus
 from io import BytesIO
 from typing import Any
 
@@ -13,6 +15,13 @@ from twisted.web import http, server
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.http_reader import Head
 from crabtwist.values import Headers
+
+
+#: What statuses are called; Twisted does not know all that there are.
+REASONS: Mapping[int, bytes] = {
+    **{status.value: status.phrase.encode() for status in HTTPStatus},
+    **http.RESPONSES,
+}
 
 
 class GatewayRequest(server.Request):
@@ -44,6 +53,17 @@ class GatewayRequest(server.Request):
         self.body = body
         self.content = BytesIO(body)
 
+    def process(self) -> None:
+        """Be served: at once where it is known beforehand by whom, else as Twisted finds out."""
+        serve = self.channel.owner.shortcuts.get((self.method, self.path))
+        if serve is None:
+            super().process()
+            return
+        try:
+            serve(self)
+        except Exception:
+            self.processingFailed(Failure())
+
     @property
     def query(self) -> bytes:
         """What follows the target's first `?`, undecoded."""
@@ -59,6 +79,10 @@ class GatewayRequest(server.Request):
         """Return the host that was asked for; HTTP/1.0 need not say one, and a Unix socket has none."""
         return super().getRequestHostname() if self.getHeader(b"host") else b"localhost"
 
+    def setResponseCode(self, code: int, message: bytes | None = None) -> None:
+        """Set the status, and what it is called."""
+        super().setResponseCode(code, message or REASONS.get(code))
+
     def say_head(self, status: int, fields: Headers, length: int | None) -> None:
         """
         Send an answer's head: these fields as they are written, and what the connection itself has to say.
@@ -66,7 +90,7 @@ class GatewayRequest(server.Request):
         None of them may frame the body: that is done by `length`, or without one in chunks.  Once, and in
         the place of `setResponseCode` and `responseHeaders`, which cost five times as much.
         """
-        self.code, self.code_message = status, http.RESPONSES.get(status, b"Unknown Status")
+        self.code, self.code_message = status, REASONS.get(status, b"Unknown Status")
         self.startedWriting = 1
         bodiless = self.method == b"HEAD" or status in http.NO_BODY_CODES
         if length is not None and status not in http.NO_BODY_CODES:

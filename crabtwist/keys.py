@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -130,6 +130,11 @@ class KeyRing:
 
     def _add(self, key: VirtualKey, digest: Digest) -> None:
         self._buckets.setdefault(digest.digest[:_BUCKET_BYTES], []).append((digest, key))
+
+    def __iter__(self) -> Iterator[VirtualKey]:
+        """Yield each key once."""
+        known = {key.name: key for bucket in self._buckets.values() for _, key in bucket}
+        return iter(known.values())
 
     def authenticate(self, secret: bytes, now: float = 0.0) -> VirtualKey | None:
         """Return the key whose secret this is at `now`, in Unix time; None if there is no such key."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
+from types import MappingProxyType
 from typing import Any
 
 from twisted.application.service import Service
@@ -41,11 +42,14 @@ def admit_all(_request: GatewayRequest) -> Refusal | None:
     return None
 
 
+NO_SHORTCUTS: Mapping[tuple[bytes, bytes], Callable[[GatewayRequest], object]] = MappingProxyType({})
+
+
 class GatewayFactory(Site):
     """
     A site whose connections are `GatewayChannel`s, counted, with no access log of its own.
 
-    `resource` is usually a Klein app's.  `admit`, `refuse` and `render_refusal` are as `ChannelOwner` says.
+    `resource` is usually a Klein app's.  The others are as `ChannelOwner` says.
     """
 
     protocol = GatewayChannel  # type: ignore[assignment]  # Twisted's makes an HTTP/2 switch
@@ -62,6 +66,7 @@ class GatewayFactory(Site):
         admit: Callable[[GatewayRequest], Refusal | None] = admit_all,
         refuse: Callable[[int, str, str, bytes], tuple[Headers, bytes]] = gateway_request.refuse,
         render_refusal: Callable[[GatewayRequest, Refusal], None] = gateway_request.render_refusal,
+        shortcuts: Mapping[tuple[bytes, bytes], Callable[[GatewayRequest], object]] = NO_SHORTCUTS,
     ) -> None:
         # The channel has deadlines of its own, and its requests never parse a body.
         super().__init__(
@@ -75,6 +80,7 @@ class GatewayFactory(Site):
         self.admit = admit
         self.refuse = refuse
         self.render_refusal = render_refusal
+        self.shortcuts = shortcuts
         self.draining = False
         self._channels: set[GatewayChannel] = set()
         self._drains: list[Deferred[int]] = []

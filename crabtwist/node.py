@@ -42,7 +42,7 @@ from crabtwist.web.admin.follow import Tail
 from crabtwist.web.admin.inside import Inside
 from crabtwist.web.admission import Admission
 from crabtwist.web.answers import refuse_unread
-from crabtwist.web.app import make_app
+from crabtwist.web.app import make_app, shortcuts
 
 #: How long the last words to those that were interrupted may take.
 LAST_WORDS_SECONDS = 2.0
@@ -135,13 +135,15 @@ class Node(Service):
             nodes=lambda: self._roll.nodes,
         )
         admission = Admission(self.gateway, self._config.admin_token)
+        app = make_app(self.gateway, self._extensions, self._administration, inside)
         return GatewayFactory(
-            make_app(self.gateway, self._extensions, self._administration, inside).resource(),
+            app.resource(),
             reactor=self._reactor,
             limits=_http_limits(self._config),
             admit=admission,
             render_refusal=admission.refuse,
             refuse=self._refuse_bad_http,
+            shortcuts=shortcuts(app),
         )
 
     def _refuse_bad_http(self, status: int, slug: str, message: str, path: bytes) -> tuple[Headers, bytes]:

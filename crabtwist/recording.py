@@ -9,6 +9,7 @@ ends it but the last one's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -22,6 +23,9 @@ from zope.interface import implementer
 
 from crabtwist.errors import AnswerBroken, UpstreamError
 from crabtwist.values import Headers
+
+#: How an answer ends that is whole.
+_WHOLE = Failure(ResponseDone())
 
 #: What a reader is given at a time, so that it can say that it has enough.
 SLICE_BYTES = 64 * 1024
@@ -132,7 +136,8 @@ class Recording:
 
     def settle(self, *, complete: bool) -> None:
         """Say whether what was poured in was all of it; after its end."""
-        self._end(Failure(AnswerBroken("the request that this one shared its answer with broke off")))
+        if self._ended is None:
+            self._end(Failure(AnswerBroken("the request that this one shared its answer with broke off")))
         self._settled(complete and self.whole and not self._broken)
 
     # A relay's sink.
@@ -153,7 +158,7 @@ class Recording:
 
     def finish(self, error: UpstreamError | None = None) -> None:
         """End it as the upstream did, or for lack of the rest."""
-        self._end(Failure(ResponseDone() if error is None else error))
+        self._end(_WHOLE if error is None else Failure(error))
 
     def abort(self, error: UpstreamError | None = None) -> None:
         """End it as broken."""
@@ -178,7 +183,7 @@ class Recording:
 
     @property
     def _broken(self) -> bool:
-        return self._error is not None or (self._ended is not None and not self._ended.check(ResponseDone))
+        return self._error is not None or (self._ended is not None and self._ended is not _WHOLE)
 
     # Following.
 
@@ -296,17 +301,22 @@ class Reader:
     previousResponse = None
 
     def __init__(self, recording: Recording) -> None:
-        self.code = recording.status
+        self.code, self.raw_headers = recording.status, recording.headers
         # Of a response of length 0 nobody would read the body, and so its end.
         self.length: Any = recording.length or None
-        self.headers = HeaderMap()
-        for name, value in recording.headers:
-            self.headers.addRawHeader(name, value)
         self.position = 0
         self.paused = False
         self._recording = recording
         self._protocol: Any = None
         self._reading = False
+
+    @cached_property
+    def headers(self) -> HeaderMap:
+        """The fields, for who does not read `raw_headers`."""
+        headers = HeaderMap()
+        for name, value in self.raw_headers:
+            headers.addRawHeader(name, value)
+        return headers
 
     def setPreviousResponse(self, response: IResponse) -> None:
         """There never is one."""

@@ -38,7 +38,7 @@ _LARGEST_INTEGER = 2**63 - 1
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
 _VARIABLE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_WORD = re.compile(r"[A-Za-z0-9._-]+")
+_WORD = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 
 
@@ -185,6 +185,7 @@ not_empty = _rule("must not be empty; give at least one", bool)
 model_name = _rule(
     f"must be 1 to {LONGEST_MODEL_NAME} printable characters, without spaces around them", _is_model_name
 )
+#: Never `.` or `..`: clients leave these out of a path, and so could not ask for what is called so.
 word = _rule(f"must be 1 to {LONGEST_WORD} letters, digits, dots, underscores or hyphens", _is_word)
 #: For what travels in a header: keys, tokens.  Its usual catch is a newline from the end of a file.
 header_word = _rule(

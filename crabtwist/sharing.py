@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 
 from attrs import evolve
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
-from crabtwist.attempt import Reply
+from crabtwist.attempt import Patience, Reply
 from crabtwist.dialects.operations import Operation
 from crabtwist.dispatch import Dispatch
 from crabtwist.downstream import FIDELITY
@@ -42,7 +43,7 @@ class Lead:
         self._running: Deferred[None] | None = None
         self._awaited: Deferred[None] | None = None
         # Each reader's own relay minds that it reads, and leaves if it does not.
-        dispatch.patience = evolve(dispatch.patience, client_stall_seconds=math.inf)
+        dispatch.patience = _without_stall(dispatch.patience)
 
     def begin(self, candidates: list[Deployment]) -> None:
         """Ask; whoever does so follows the recording already."""
@@ -102,6 +103,11 @@ class Lead:
         relay.stop(COMPLETE if whole else CLIENT_LEFT)
         assert relay.end is not None, "it has just been stopped"
         return relay.end
+
+
+@lru_cache(maxsize=8)
+def _without_stall(patience: Patience) -> Patience:
+    return evolve(patience, client_stall_seconds=math.inf)
 
 
 def share(

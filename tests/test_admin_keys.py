@@ -90,6 +90,7 @@ class MakingTests(KeysTestCase):
         self.create()
         for patch, word in (
             ({"modles": None}, "modles: unknown key"),
+            ({"limits": {"nope": None}}, "limits.nope: unknown key"),
             ({"name": "eve"}, "name: unknown key"),
             ({"models": []}, "models: must not be empty"),
             ({"expires_at": "tomorrow"}, "expires_at: must be a moment"),

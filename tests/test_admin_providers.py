@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from crabtwist.admin_providers import MASK, AdminProviders
+from crabtwist.admin_providers import MASK, MOST_LISTED_MODELS, AdminProviders
 from crabtwist.config import ConfiguredProvider
 from crabtwist.directory import Directory
 from crabtwist.discovery import discover
@@ -30,12 +30,20 @@ class ProvidersTestCase(AdministrationTestCase):
         self.directory = Directory(self.storage, self.clock, ("providers",))
         self.seal = Seal(Secret("s" * 64)) if self.sealed else None
         config = self.read(self.configuration)
-        self.providers = AdminProviders(self.directory, self.seal, discover(), lambda: config, self.probe)
+        self.complaints: list[str] = []
+        self.providers = AdminProviders(
+            self.directory, self.seal, discover(), lambda: config, self.probe, self.try_making
+        )
 
     async def probe(self, configured: ConfiguredProvider) -> list[str]:
         """Be the upstream."""
         self.asked.append(configured)
         return self.lists()
+
+    def try_making(self, _configured: ConfiguredProvider) -> None:
+        """Be the maker, with complaints if a test has some."""
+        if self.complaints:
+            raise ConfigurationError(self.complaints)
 
     def create(self, probe: bool = False, **table: Any) -> Any:
         """Make a provider."""
@@ -89,6 +97,12 @@ class MakingTests(ProvidersTestCase):
         status, _, message = self.refused(self.providers.create(UP, probe=False))
         self.assertEqual((400, "models: the upstream lists none; name those to serve"), (status, message))
 
+    def test_too_many_listed(self) -> None:
+        """So does one that lists more than anybody would serve."""
+        self.lists = lambda: [f"m{number}" for number in range(MOST_LISTED_MODELS + 1)]
+        status, _, message = self.refused(self.providers.create(UP, probe=False))
+        self.assertEqual((400, "models: the upstream lists 5001; name those to serve"), (status, message))
+
     def test_probe(self) -> None:
         """With models the upstream is asked only if that is wanted, and its failure is told."""
         self.create(models=["m"])
@@ -115,6 +129,14 @@ class MakingTests(ProvidersTestCase):
             (400, "invalid_provider", "base_url: is no URL"),
             self.refused(self.providers.create(UP, probe=False)),
         )
+
+    def test_unmakeable_unasked(self) -> None:
+        """That is so where no upstream is asked, too; the provider stays as it was."""
+        self.create(models=["m"])
+        self.complaints = ["providers.up.base_url: is no URL"]
+        changing = self.providers.update("up", {"base_url": "x", "api_key": "k"}, probe=False)
+        self.assertEqual((400, "invalid_provider", "base_url: is no URL"), self.refused(changing))
+        self.assertEqual(UP["base_url"], self.providers.get("up").settings["base_url"])
 
     def test_complaints(self) -> None:
         """All that is wrong is told at once, each with its path, the name's fault too."""

@@ -87,8 +87,9 @@ class ProbeTests(AdministrationTestCase):
     def test_unmakeable(self) -> None:
         """What cannot be made is refused with the key that is at fault."""
         table = {"name": "up", "kind": "openai", "base_url": "gopher://x"}
-        status, _, message = self.refused(self.here.providers.create(table, probe=False))
-        self.assertEqual((400, True), (status, "base_url" in message))
+        for more in ({}, {"models": ["m"]}):
+            status, _, message = self.refused(self.here.providers.create({**table, **more}, probe=False))
+            self.assertEqual((400, True), (status, message.startswith("base_url: ")), message)
 
     def test_patience(self) -> None:
         """An upstream that does not answer is not waited for longer than was said."""

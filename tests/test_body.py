@@ -86,10 +86,10 @@ class RefusedBodiesTests(SynchronousTestCase):
         for good, read in (("0", 0), ("4", 4), ("null", None), (str(2**53 - 1), 2**53 - 1)):
             self.assertEqual(read, body.read(f'{{"model":"a","max_tokens":{good}}}'.encode()).max_tokens)
 
-    def test_completion_tokens_win(self) -> None:
-        """OpenAI's newer name for the bound counts where both stand."""
-        read = body.read(b'{"model":"a","max_tokens":1,"max_completion_tokens":2}')
-        self.assertEqual(2, read.max_tokens)
+    def test_two_bounds(self) -> None:
+        """Where both names of the bound stand the larger one counts: an upstream may know only that one."""
+        for text in ('"max_tokens":1,"max_completion_tokens":2', '"max_tokens":2,"max_completion_tokens":0'):
+            self.assertEqual(2, body.read(f'{{"model":"a",{text}}}'.encode()).max_tokens)
 
     def test_stream(self) -> None:
         """True or false and nothing like it."""

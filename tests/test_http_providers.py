@@ -16,7 +16,7 @@ from crabtwist.errors import ConfigurationError, CredentialMisdirected, Upstream
 from crabtwist.http_request import BytesBody, OrderedHeaders
 from crabtwist.interfaces import IProvider
 from crabtwist.providers.anthropic import AnthropicProvider, AnthropicSettings
-from crabtwist.providers.http import Credential, origin_of
+from crabtwist.providers.http import MOST_LIST_BYTES, Credential, origin_of
 from crabtwist.providers.openai import OpenAIProvider, OpenAISettings
 from crabtwist.settings import Secret
 from crabtwist.testing import FakeResponse, FakeServices
@@ -284,6 +284,22 @@ class ModelsTests(ProviderTestCase):
             method, uri, fields, sent = self.agent.requests[0]
             self.assertEqual((b"GET", url, None), (method, uri, sent))
             self.assertTrue({b"x-api-key", b"authorization"} & set(dict(fields)))
+
+    def test_strange_names(self) -> None:
+        """What is no text is no name."""
+        provider = self.openai(response=FakeResponse(body=b'{"data":[{"id":null},{"id":7},{"id":"a"}]}'))
+        self.assertEqual(["a"], self.successResultOf(provider.list_models()))
+
+    def test_endless_list(self) -> None:
+        """An upstream that goes on and on is closed, and not kept in memory."""
+        response = FakeResponse()
+        listing = self.openai(response=response).list_models()
+        for _ in range(MOST_LIST_BYTES // 2**20):
+            response.receive(b" " * 2**20)
+        self.assertFalse(response.stopped)
+        response.receive(b" ")
+        self.assertIn("more than", self.failureResultOf(listing, UpstreamStatus).value.message)
+        self.assertTrue(response.stopped)
 
     def test_no_list(self) -> None:
         """Whatever else comes back is an error that says from where, with the answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import attrs
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -152,6 +153,33 @@ class RateLimitTests(SynchronousTestCase):
         self.limit(output_tokens_per_minute=1000)
         self.extension.on_end(self.ask(max_tokens=1000), ended(None))
         self.refused(max_tokens=1)
+
+    def test_refused_upstream(self) -> None:
+        """What every upstream refused is a request and uses no tokens, however many it asked for."""
+        self.limit(requests_per_minute=2, output_tokens_per_minute=1000)
+        refusals = (
+            Attempt("p", "m", 529, "upstream_status", 0.0, 1.0),
+            Attempt("q", "m", 400, None, 1.0, 1.0),
+        )
+        self.extension.on_end(self.ask(max_tokens=10**9), ended(None, attempts=refusals))
+        self.ask(max_tokens=1000)
+        self.assertIn("2 requests", self.refused(max_tokens=0).message)
+
+    def test_left_before_the_end(self) -> None:
+        """An answer that was cut short uses what was sent of it, where that is more than was counted."""
+        self.limit(output_tokens_per_minute=1000)
+        counted = Usage(output_tokens=1, complete=False)
+        for sent in (2000, 10**6):
+            first = self.ask(max_tokens=500)
+            self.extension.on_end(first, attrs.evolve(ended(counted), bytes_out=sent))
+        self.refused(max_tokens=1)
+
+    def test_tokenless(self) -> None:
+        """Counting tokens uses none."""
+        self.limit(requests_per_minute=2, input_tokens_per_minute=1, output_tokens_per_minute=1)
+        for _ in range(2):
+            self.extension.on_end(self.ask(operation="messages.count_tokens", body_bytes=400), ended(None))
+        self.assertIn("2 requests", self.refused(operation="messages.count_tokens").message)
 
     def test_given_back(self) -> None:
         """What another guard refused costs nothing; a cached answer is one request and no tokens."""

@@ -346,8 +346,9 @@ class TestValidators(SynchronousTestCase):
         self.check(not_empty, [("a",), "a"], [(), ""])
 
     def test_words(self) -> None:
-        """`word` allows letters, digits and `._-`, 64 of them."""
+        """`word` allows letters, digits and `._-`, 64 of them, but not what a path is without."""
         self.check(word, ["a", "A.b_c-9", "a" * 64], ["", "a b", "a/b", "é", "a\n", "a" * 65])
+        self.check(word, ["...", ".a", "a."], [".", ".."])
 
     def test_model_names(self) -> None:
         """`model_name` allows what can be seen, without spaces around it."""

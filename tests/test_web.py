@@ -24,7 +24,7 @@ from crabtwist.routing import Deployment, Registry
 from crabtwist.settings import Secret
 from crabtwist.testing import JSON, FakeProvider, FakeResponse
 from crabtwist.web.admission import OPEN_PATHS, Admission
-from crabtwist.web.app import make_app
+from crabtwist.web.app import make_app, shortcuts
 
 MODELS = ("claude", "gpt", "meta/llama", "meta/llama/70b")
 ALIASES = {"fast": "claude", "a/lias": "gpt"}
@@ -75,6 +75,8 @@ class WebTestCase(SynchronousTestCase):
 
     keys: tuple[tuple[str, tuple[str, ...]], ...] = (("all", ("*",)), ("some", ("claude", "a/lias")))
     extensions: tuple[Extension, ...] = ()
+    #: Whether operations are found as in a running gateway, or by Klein.
+    short = True
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -88,11 +90,13 @@ class WebTestCase(SynchronousTestCase):
             health=Health(failures=1),
         )
         admission = Admission(self.gateway)
+        app = make_app(self.gateway)
         self.factory = GatewayFactory(
-            make_app(self.gateway).resource(),
+            app.resource(),
             reactor=self.clock,
             admit=admission,
             render_refusal=admission.refuse,
+            shortcuts=shortcuts(app) if self.short else {},
         )
 
     def send(self, method: str, path: str, fields: dict[str, str], body: bytes = b"") -> Said:
@@ -448,3 +452,15 @@ class GivingUpTests(WebTestCase):
         said = self.ask("POST", "/v1/messages", ALL, BODY)
         self.assertEqual((500, "internal_error"), said.refusal)
         self.assertEqual(([], 1), (self.upstream.calls, len(self.flushLoggedErrors())))
+
+
+class KleinOperationTests(OperationTests):
+    """Operations, found by Klein."""
+
+    short = False
+
+
+class KleinGivingUpTests(GivingUpTests):
+    """Requests that nobody waits for, found by Klein."""
+
+    short = False

@@ -109,7 +109,11 @@ def dollars(text: object, *, estimated: bool = False) -> str:
 def when(text: object) -> str:
     """Return a moment of RFC 3339 to the second, in UTC."""
     moment = moment_of(text)
-    return or_nothing(text) if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+    try:
+        return or_nothing(text) if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+    except OverflowError:
+        # The first or the last day there is, in a zone where it is another in UTC.
+        return str(text)
 
 
 def moment_of(text: object) -> datetime | None:

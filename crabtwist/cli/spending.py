@@ -68,7 +68,7 @@ def _numbers(total: dict[str, Any]) -> list[str]:
 @common
 @_session
 def show_budget(session: Session, /, key: str | None) -> None:
-    """Show how budgets stand: of all keys that have used theirs, or of one."""
+    """Show how budgets stand: of all keys that have one, or of one key."""
     answer = session.client.get("budgets")
     if key is not None:
         found = [each for each in answer["budgets"] if each["principal"] == key]
@@ -83,7 +83,7 @@ def _show_budgets(budgets: list[dict[str, Any]]) -> None:
     from crabtwist.cli.shown import Grid, show_grid
 
     heads = ("KEY", "PERIOD", "BUDGET", "SPENT", "RESERVED", "LEFT", "ENDS")
-    empty = "No key has used a budget. Keys have one with --dollars, or by [extensions.budget]."
+    empty = "No key has a budget, or none has used it. Keys have one with --dollars, or by [extensions.budget]."
     rows = [_budget_row(each) for each in budgets]
     show_grid(Grid(heads, rows, frozenset(heads[2:6]), empty))
 

@@ -22,15 +22,20 @@ from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
+from crabtwist.charges import may_be_billed
+from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import Refused
 from crabtwist.extension import Extension
 from crabtwist.leases import Leases, WithoutStore
 from crabtwist.meters import IDLE_SECONDS, Meter, SharedMeter
 from crabtwist.terms import KINDS, LimitSettings
-from crabtwist.values import Context, Outcome
+from crabtwist.values import BYTES_PER_TOKEN, Context, Outcome
 
 #: The answer's length where the client sets no bound.
 ESTIMATED_OUTPUT_TOKENS = 1024
+
+#: What uses no tokens.
+_TOKENLESS = frozenset(operation.name for operation in OPERATIONS.values() if not operation.counts)
 
 #: When to ask again where the store has to come back.
 STORE_RETRY_SECONDS = 5
@@ -188,6 +193,8 @@ def _whose(scope: str, key: str = "", model: str = "") -> str:
 
 
 def _estimate(context: Context) -> dict[str, int]:
+    if context.operation in _TOKENLESS:
+        return {"requests": 1, "input_tokens": 0, "output_tokens": 0}
     given = context.max_tokens
     return {
         "requests": 1,
@@ -197,17 +204,24 @@ def _estimate(context: Context) -> dict[str, int]:
 
 
 def _used(estimate: Mapping[str, int], outcome: Outcome) -> Mapping[str, int]:
-    """Return what a request really used; the estimate where an upstream was asked and nobody counted."""
+    """Return what a request really used; the estimate where an upstream took it on and nobody counted."""
     if not outcome.attempts:
         # Another guard refused it, or a cache had it.
         return {"requests": int(outcome.cache_hit), "input_tokens": 0, "output_tokens": 0}
+    if not any(map(may_be_billed, outcome.attempts)):
+        return {"requests": 1, "input_tokens": 0, "output_tokens": 0}
     if outcome.usage is None:
         return estimate
+    output_tokens = outcome.usage.completion_tokens
+    if not outcome.usage.complete:
+        # An answer is counted at its end; who leaves before must not have had it for nothing.
+        sent = outcome.bytes_out // BYTES_PER_TOKEN
+        output_tokens = max(output_tokens, min(estimate["output_tokens"], sent))
     # What the vendor's cache gave is not counted, as at the vendors.
     return {
         "requests": 1,
         "input_tokens": outcome.usage.prompt_tokens - outcome.usage.cache_read_tokens,
-        "output_tokens": outcome.usage.completion_tokens,
+        "output_tokens": output_tokens,
     }
 
 

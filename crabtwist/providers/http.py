@@ -22,6 +22,9 @@ from crabtwist.values import Answer, Call, Headers
 #: What people paste from documentation, and what the gateway adds itself.
 _ENDPOINTS = ("/chat/completions", "/embeddings", "/messages/count_tokens", "/messages")
 
+#: No list of models is longer.
+MOST_LIST_BYTES = 4 * 2**20
+
 
 @attrs.frozen
 class Credential:
@@ -114,15 +117,28 @@ class HTTPProvider:
     async def _list_models(self) -> list[str]:
         fields = (*self._defaults, *self._credential.fields_for(self._models_url))
         response = await self._request(b"GET", self._models_url.encode(), fields, None)
-        body: bytes = await treq.content(response)
+        body = await self._list_in(response)
         try:
             listed = msgspec.json.decode(body)
-            return [str(model["id"]) for model in listed["data"]]
+            return [model["id"] for model in listed["data"] if isinstance(model["id"], str)]
         except (msgspec.DecodeError, RecursionError, LookupError, TypeError):
             raise UpstreamStatus(
                 f"{self._models_url} answered with status {response.code} and no list of models",
                 Answer(response.code, (), body),
             ) from None
+
+    async def _list_in(self, response: Any) -> bytes:
+        """Return a response's body; one that goes on and on is closed, and fails with `UpstreamStatus`."""
+        body = bytearray()
+
+        def take(part: bytes) -> None:
+            body.extend(part)
+            if len(body) > MOST_LIST_BYTES:
+                message = f"{self._models_url} answered with more than {MOST_LIST_BYTES} bytes"
+                raise UpstreamStatus(message, Answer(response.code, (), b""))
+
+        await treq.collect(response, take)
+        return bytes(body)
 
     def _missing(self, given: Headers) -> Headers:
         names = {name.lower() for name, _ in given}

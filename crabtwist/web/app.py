@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from klein import Klein
@@ -12,6 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import RequestRedirect
 
 from crabtwist.administration import Administration
+from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway import Gateway
 from crabtwist.web.admin.endpoint import Endpoint, add_endpoints
@@ -58,6 +61,27 @@ def make_app(
         add_document(app, endpoints)
     _add_errors(app, gateway)
     return app
+
+
+def shortcuts(app: Klein) -> Mapping[tuple[bytes, bytes], Callable[[Any], None]]:
+    """
+    Return the doors of the operations by method and path: what Klein would find, without its looking.
+
+    It binds a router and makes four Deferreds for each request.  Paths that are spelled in another way are
+    left to it.
+    """
+    found = {}
+    for rule in app.url_map.iter_rules():
+        if rule.endpoint in OPERATIONS and not rule.arguments:
+            for method in rule.methods or ():
+                found[method.encode(), rule.rule.encode()] = partial(_serve, app, rule.endpoint)
+    return MappingProxyType(found)
+
+
+def _serve(app: Klein, endpoint: str, request: Any) -> None:
+    # An exchange finishes its request, and its Deferred never fails.
+    serving: Any = app.execute_endpoint(endpoint, request)
+    request.notifyFinish().addErrback(lambda _: serving.cancel())
 
 
 def _endpoints(administration: Administration | None, inside: Inside | None) -> list[Endpoint]:

@@ -30,7 +30,12 @@ _WORDED: Mapping[Any, dict[str, Any]] = {
     not_negative: {"minimum": 0},
     not_empty: {"minItems": 1},
     moment: {"format": "date-time"},
-    word: {"minLength": 1, "maxLength": LONGEST_WORD, "pattern": "^[A-Za-z0-9._-]+$"},
+    word: {
+        "minLength": 1,
+        "maxLength": LONGEST_WORD,
+        "pattern": "^[A-Za-z0-9._-]+$",
+        "not": {"enum": [".", ".."]},
+    },
     model_name: {"minLength": 1, "maxLength": LONGEST_MODEL_NAME},
     header_word: {"minLength": 1, "maxLength": LONGEST_CREDENTIAL_BYTES, "pattern": "^[!-~]+$"},
 }

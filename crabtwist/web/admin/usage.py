@@ -71,7 +71,7 @@ class Totals:
 
 @attrs.frozen(slots=False)
 class Budgets:
-    """The budgets that somebody has spent of, or that the configuration names."""
+    """The budgets that keys bring with them, that the configuration names, or that somebody has spent of."""
 
     budgets: tuple[BudgetShown, ...]
 
@@ -136,7 +136,13 @@ def _source(inside: Inside) -> _Totals:
 
 def _budgets(inside: Inside) -> Budgets:
     budget = inside.extension("budget")
-    return Budgets(() if budget is None else tuple(map(budget_shown, budget.state())))
+    if budget is None:
+        return Budgets(())
+    for key in inside.gateway.keys or ():
+        # What a key brings with it is only known from its requests else, and not after a start.
+        if key.budget is not None:
+            budget.state_of(key.name, key.budget)
+    return Budgets(tuple(map(budget_shown, budget.state())))
 
 
 class _Own:
