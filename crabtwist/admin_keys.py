@@ -106,12 +106,16 @@ class AdminKeys:
         asked = self._read(NewKeyTerms, table, KeyTerms())
 
         async def put() -> tuple[KnownKey, str]:
-            for key in [key for key in self.all() if key.name == asked.name]:
-                instead = "it is in the configuration file" if key.source == "file" else "update or rotate that one"
-                message = f"there is a key {asked.name!r} already; {instead}"
-                raise Refusal(409, "key_exists", message)
+            taken = next((key for key in self.all() if key.name == asked.name), None)
+            if taken is not None:
+                where = (
+                    " in the configuration file" if taken.source == "file" else "; update or rotate that one"
+                )
+                raise Refusal(409, "key_exists", f"there is a key {asked.name!r} already{where}")
             key, secret = issue(asked.name, _terms(asked), digest_key, self._clock.seconds())
-            return await self._put(key), secret
+            if not await self._directory.make(KEYS, key.name, key.encode()):
+                raise being_made("key", key.name)
+            return _known(key), secret
 
         return await self._directory.change(KEYS, put)
 
@@ -199,8 +203,15 @@ def merged(target: Any, patch: Any) -> Any:
 
 
 def _with_strange(cls: type[Any], table: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with what there is no such thing as, so that it is refused though its null removes nothing."""
+    """Return a table with the unknown members of a patch: their null removes nothing, and is refused."""
     return {**table, **{member: None for member in patch if member not in attrs.fields_dict(cls)}}
+
+
+def being_made(sort: str, name: str) -> Refusal:
+    """Return the refusal of what another node is making."""
+    return Refusal(
+        409, f"{sort}_exists", f"somebody else has just made a {sort} {name!r}, or tried to; look again"
+    )
 
 
 def no_secret_key() -> Refusal:

@@ -10,7 +10,7 @@ import attrs
 import msgspec
 from twisted.logger import Logger
 
-from crabtwist.admin_keys import merged, no_secret_key
+from crabtwist.admin_keys import being_made, merged, no_secret_key
 from crabtwist.config import Config, ConfiguredProvider, read_provider
 from crabtwist.directory import Directory
 from crabtwist.discovery import Makers
@@ -115,7 +115,7 @@ class AdminProviders:
             if any(each.name == name for each in self.all()) or name in self._directory.entries(PROVIDERS):
                 message = f"there is a provider {name!r} already; update that one"
                 raise Refusal(409, "provider_exists", message)
-            return await self._put(name, rest, probe=probe)
+            return await self._put(name, rest, probe=probe, new=True)
 
         return await self._directory.change(PROVIDERS, put)
 
@@ -132,7 +132,7 @@ class AdminProviders:
             # A null that removes nothing is still refused if there is no such setting.
             strange = {member: None for member in patch if member not in known}
             table = {**_with_credentials(merged(old, patch), old), **(strange if known else {})}
-            self._refuse_to_redirect(name, old, table)
+            self._refuse_to_redirect(name, old, table, patch)
             return await self._put(name, table, probe=probe)
 
         return await self._directory.change(PROVIDERS, put)
@@ -163,19 +163,23 @@ class AdminProviders:
         _, others = self._examined("new", {"models": _UNKNOWN, **rest})
         raise _refused([*complaints, *others])
 
-    def _refuse_to_redirect(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Refuse to send a credential to another host than it was given for."""
+    def _refuse_to_redirect(
+        self, name: str, old: Mapping[str, Any], new: Mapping[str, Any], patch: Mapping[str, Any]
+    ) -> None:
+        """Refuse to send a credential to another host than it was given for; `patch` may give it again."""
         before, after = (self._examined(name, {**table, "models": _UNKNOWN})[0] for table in (old, new))
-        if before is None or after is None or _origins(before.settings) == _origins(after.settings):
+        if after is None or (before is not None and _origins(before.settings) == _origins(after.settings)):
             return
-        was, now = _values(before.settings), _values(after.settings)
-        kept = [each for each in now if isinstance(now[each], Secret) and now[each] == was.get(each)]
+        secrets = [each for each, value in _values(after.settings).items() if isinstance(value, Secret)]
+        kept = [each for each in secrets if patch.get(each, MASK) == MASK]
         if kept:
             raise _refused(
                 [f"{each}: was given for another host; give it again with the new" for each in kept]
             )
 
-    async def _put(self, name: str, table: Mapping[str, Any], *, probe: bool) -> KnownProvider:
+    async def _put(
+        self, name: str, table: Mapping[str, Any], *, probe: bool, new: bool = False
+    ) -> KnownProvider:
         sealed = self._sealed
         masks = [f"{each}: is only a mask; give the credential" for each in table if table[each] == MASK]
         if masks:
@@ -195,7 +199,11 @@ class AdminProviders:
             self._try_making(configured)
         except ConfigurationError as error:
             raise _refused(_without_path(name, error.complaints)) from error
-        await self._directory.put(PROVIDERS, name, sealed.close(msgspec.json.encode(table)))
+        data = sealed.close(msgspec.json.encode(table))
+        if not new:
+            await self._directory.put(PROVIDERS, name, data)
+        elif not await self._directory.make(PROVIDERS, name, data):
+            raise being_made("provider", name)
         return _known(configured, "api")
 
     def _servable(self, listed: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from crabtwist.errors import ConfigurationError, HeadTimedOut
 from crabtwist.generation import Generation, Made
 from crabtwist.metrics import Metrics
 from crabtwist.seal import Seal
+from crabtwist.settings import Secret
 
 #: How long an upstream may take to list its models.
 PROBE_SECONDS = 15.0
@@ -108,6 +109,12 @@ class Administration:
             return await listing.addTimeout(PROBE_SECONDS, self._clock, _too_late)
         finally:
             await generation.stop()
+
+
+async def has_other_mark(storage: Any, secret_key: Secret) -> bool:
+    """Tell whether an open store was written with another `secret_key`: no gateway starts with this one."""
+    mark = await storage.get(_NAMESPACE, _MARK)
+    return mark is not None and mark != Seal(secret_key).mark
 
 
 async def _awaited(asking: Awaitable[list[str]]) -> list[str]:

@@ -20,7 +20,10 @@ from crabtwist.errors import Refusal
 from crabtwist.settings import LONGEST_MODEL_NAME
 
 #: The top-level keys that the gateway reads; each may stand once, spelled just so.
-KEYS_READ = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "stream_options"})
+KEYS_READ = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "n", "stream_options"})
+
+#: Digits of the largest number of answers that is taken for one.
+LONGEST_CHOICES = 6
 
 #: How deep arrays and objects may nest, if the configuration does not say.
 MAX_JSON_DEPTH = 64
@@ -43,7 +46,7 @@ _TO_NEXT_VALUE = re.compile(
     _WHITE + rb"[{,]" + _WHITE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITE + rb":" + _WHITE, re.DOTALL
 )
 _OPENING_BRACE = re.compile(_WHITE + rb"\{" + _WHITE)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NOT_MARKS = bytes(set(range(256)) - set(b'[]{}"'))
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
@@ -138,12 +141,13 @@ class RequestBody(JSONObject):
 
     `stream` is False where it is absent or null.  `max_tokens` is the caller's bound on the answer, None
     where there is none; of `max_tokens` and `max_completion_tokens` the larger one, for some upstreams read
-    only the one, and others only the other.
+    only the one, and others only the other.  `choices` is how many answers are asked for (OpenAI's `n`).
     """
 
     model: str
     stream: bool
     max_tokens: int | None
+    choices: int = 1
 
     def renaming(self, model: str) -> list[Edit]:
         """Return the edit that makes `model` the body's model: none if it says so already."""
@@ -170,8 +174,9 @@ def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
 
     Raises `Refusal` (400) in words for the caller.
     """
-    members = _members(data)
-    if _too_deep(data, max_depth):
+    marks = _marks(data)
+    members = _members(data, marks)
+    if _too_deep(marks, max_depth):
         raise invalid(f"the body nests deeper than {max_depth} levels; flatten it")
     refuse_ambiguous_keys(members, KEYS_READ)
     values = {name: bytes(raw) for name, raw in members if name in KEYS_READ}
@@ -182,15 +187,16 @@ def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
         model=_model(values.get("model")),
         stream=_stream(values.get("stream")),
         max_tokens=max((limit for limit in limits if limit is not None), default=None),
+        choices=_choices(values.get("n")),
     )
 
 
-def _members(data: bytes) -> list[tuple[str, msgspec.Raw]]:
+def _members(data: bytes, marks: bytes) -> list[tuple[str, msgspec.Raw]]:
     if not data:
         raise invalid("the body is empty; send a JSON object")
     if data.startswith(_BYTE_ORDER_MARKS):
         raise invalid("the body begins with a byte order mark; send plain UTF-8 without one")
-    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+    if marks.count(b"[") + marks.count(b"{") > MAX_BRACKETS:
         raise invalid(f"the body holds more than {MAX_BRACKETS} opening brackets; send less")
     _Key.made = 0
     try:
@@ -217,18 +223,23 @@ def _reason(text: str) -> str:
     return text.removeprefix("JSON is malformed: ")
 
 
-def _too_deep(data: bytes, max_depth: int) -> bool:
-    """
-    Tell whether a valid document nests deeper than `max_depth`, at the speed of bytes.replace.
-
-    What is outside strings is reduced to its brackets; each round of removing `[]` and `{}` then takes
-    the innermost level away.
-    """
-    if data.count(b"[") + data.count(b"{") <= max_depth:
-        return False
+def _marks(data: bytes) -> bytes:
+    """Return the brackets and quotes of a document, but for escaped quotes; one look at each byte."""
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = b"".join(data.split(b'"')[::2]).translate(None, _NOT_BRACKETS)
+    return data.translate(None, _NOT_MARKS)
+
+
+def _too_deep(marks: bytes, max_depth: int) -> bool:
+    """
+    Tell whether a valid document with these marks nests deeper than `max_depth`: bytes.replace is fast.
+
+    What is in strings is dropped; each round of removing `[]` and `{}` then takes the innermost level away.
+    """
+    if marks.count(b"[") + marks.count(b"{") <= max_depth:
+        return False
+    # Most strings hold no brackets.  Where two that do stand side by side, they become one that does.
+    brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
     for _ in range(max_depth):
         if not brackets:
             return False
@@ -274,6 +285,11 @@ def _stream(raw: bytes | None) -> bool:
     if raw not in (None, b"true", b"false", b"null"):
         raise invalid('"stream" has to be true or false')
     return raw == b"true"
+
+
+def _choices(raw: bytes | None) -> int:
+    # What is no number of answers is the vendor's to refuse.
+    return max(1, int(raw)) if raw is not None and raw.isdigit() and len(raw) <= LONGEST_CHOICES else 1
 
 
 def _max_tokens(values: dict[str, bytes], name: str) -> int | None:

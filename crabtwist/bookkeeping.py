@@ -31,6 +31,9 @@ _JOURNAL_ADVICE = (
 #: The longest answer that is expected where the client sets no bound.
 ESTIMATED_OUTPUT_TOKENS = 4096
 
+#: The longest answer that is estimated at all: clients may set any bound, and totals stay for ever.
+MOST_OUTPUT_TOKENS = 1_000_000
+
 
 class Bookkeeping:
     """
@@ -118,8 +121,7 @@ class Bookkeeping:
     def reserve(self, context: Context, price: PriceRow | None) -> None:
         """Note a request that goes upstream, with an estimate of what it will use: at the dearest rates."""
         prompt = context.estimated_prompt_tokens
-        given = context.max_tokens
-        answer = ESTIMATED_OUTPUT_TOKENS if given is None else given
+        answer = min(context.most_output_tokens(ESTIMATED_OUTPUT_TOKENS), MOST_OUTPUT_TOKENS)
         cost = None if price is None else reserve_cost(price, prompt, answer)
         self.journal.reserve(
             reservation_of(

@@ -21,6 +21,9 @@ POLL_SECONDS = 0.4
 
 T = TypeVar("T")
 
+#: How long a name is somebody's who makes an entry: until all nodes know that it is there.
+CLAIM_SECONDS = 10.0
+
 _VERSION = b"version"
 
 Entries = Mapping[str, bytes]
@@ -75,6 +78,14 @@ class Directory:
         finally:
             self._changing[sort].release()
 
+    async def make(self, sort: str, name: str, value: bytes) -> bool:
+        """Make an entry, unless another node is making one of that name; returns whether it was made."""
+        claims = f"{_namespace(sort)}.claims"
+        if await self._storage.increment(claims, name.encode(), 1, CLAIM_SECONDS) > 1:
+            return False
+        await self.put(sort, name, value)
+        return True
+
     async def put(self, sort: str, name: str, value: bytes) -> None:
         """Make or replace an entry.  Fails with `StorageError`, and then it may have been made or not."""
         await self._storage.set(_namespace(sort), name.encode(), value)
@@ -83,6 +94,7 @@ class Directory:
     async def delete(self, sort: str, name: str) -> None:
         """Forget an entry; as `put`."""
         await self._storage.delete(_namespace(sort), name.encode())
+        await self._storage.delete(f"{_namespace(sort)}.claims", name.encode())
         await self._raise_version((sort, name))
 
     async def _raise_version(self, touched: tuple[str, str]) -> None:

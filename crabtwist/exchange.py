@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from crabtwist import body as bodies
 from crabtwist.attempt import Reply
+from crabtwist.charges import may_be_billed
 from crabtwist.dialects.operations import Operation
 from crabtwist.dispatch import Dispatch
 from crabtwist.downstream import FIDELITY, Downstream, refusal_answer
@@ -149,7 +150,7 @@ class Exchange:
         context.model_asked = body.model
         context.model = self.registry.resolve(body.model)
         context.stream = body.stream and self._operation.streams
-        context.max_tokens = body.max_tokens
+        context.max_tokens, context.choices = body.max_tokens, body.choices
         context.query = self._request.query
         context.headers = upward(self._request.fields)
         self.model_known = context.model in self.registry.models
@@ -299,8 +300,9 @@ class Exchange:
         context, dispatch = self.context, self._dispatch
         attempts = () if dispatch is None else tuple(dispatch.attempts)
         usage = None if dispatch is None else dispatch.usage
-        # Of what was asked and never counted nobody can tell what it costs; what was never asked is free.
-        price, cost = None, None if attempts else 0
+        # Of what was answered and never counted nobody can tell what it costs; the rest is free.
+        billable = self._operation.counts and any(map(may_be_billed, attempts))
+        price, cost = None, None if billable else 0
         others: dict[str, PriceRow] = {}
         if dispatch is not None and usage is not None:
             model = self._model_answered or context.upstream_model

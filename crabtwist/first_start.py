@@ -157,6 +157,11 @@ OpenAI clients:
 
   export OPENAI_BASE_URL={shlex.quote(f"{url}/v1")} OPENAI_API_KEY={key}
 
+A key for somebody else, and what is asked for as it comes:
+
+  crabtwist keys create NAME --dollars 1 --requests-per-minute 10
+  crabtwist logs --follow
+
 Models: {", ".join(first_start.models)}
 
 What is counted and who asked for what is kept beside the configuration, in crabtwist.db,

@@ -16,7 +16,6 @@ from crabtwist.errors import Refusal, internal_error
 from crabtwist.http_reader import Head
 from crabtwist.values import Headers
 
-
 #: What statuses are called; Twisted does not know all that there are.
 REASONS: Mapping[int, bytes] = {
     **{status.value: status.phrase.encode() for status in HTTPStatus},

@@ -60,6 +60,11 @@ class Meter:
         others = self.elsewhere.get(kind)
         return self.windows[kind].at(now) + (0 if others is None else others.at(now))
 
+    def clear_at(self, kind: str, now: float) -> int:
+        """Return when all that is used now will be forgotten, in whole seconds."""
+        others, here = self.elsewhere.get(kind), self.windows[kind].clear_at(now)
+        return here if others is None else max(here, others.clear_at(now))
+
     def wait_seconds(self, kind: str, now: float, room: int) -> int:
         """Return in how many whole seconds all have used no more than `room`."""
         return self.windows[kind].wait_seconds(now, room, self.elsewhere.get(kind))
@@ -71,8 +76,9 @@ class Meter:
             return f"{self.whose} may use {concurrent} requests at once, and has", CONCURRENT_RETRY_SECONDS
         for kind, limit in self.limits.items():
             # Whoever wants more than all gets it when nothing else is used; else it could never be had.
-            wait = self.wait_seconds(kind, now, max(0, limit - estimate[kind]))
-            if wait:
+            room = max(0, limit - estimate[kind])
+            if self.used(kind, now) > room:
+                wait = self.wait_seconds(kind, now, room)
                 return f"{self.whose} may use {limit} {_WORDS[kind]} a minute, and has", wait
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -19,6 +20,9 @@ from crabtwist.values import Usage
 
 #: What a price per million tokens in dollars is in picodollars per token.
 _PER_MILLION = DOLLAR // 10**6
+
+#: How Anthropic and OpenAI date their models.
+_DATE = re.compile(r"(?<=.)-(?:[0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2})\Z")
 
 #: Tools of vendors whose calls are counted and cost nothing of their own.
 FREE_TOOLS = frozenset({"web_fetch_requests"})
@@ -68,7 +72,8 @@ class PriceBook:
     All prices: a vendor's row for its model, with overrides by served name.
 
     `overrides` win over everything.  A model is looked up as the vendor names it, then without a date
-    at its end (`-20250929`), at the vendor of that name or else, if all who have it agree, at any.
+    at its end (`-20250929`, `-2025-08-07`), at the vendor of that name or else, if all who have it agree,
+    at any.
     """
 
     def __init__(
@@ -108,8 +113,7 @@ class PriceBook:
 
 
 def _undated(model: str) -> str:
-    name, _, date = model.rpartition("-")
-    return name if len(date) == 8 and date.isdigit() else model
+    return _DATE.sub("", model)
 
 
 def receipt(usage: Usage, row: PriceRow | None, book: PriceBook, vendor: str) -> Receipt:
@@ -228,9 +232,13 @@ class ModelSettings:
         return []
 
     def row(self, name: str) -> PriceRow:
-        """Return the row for the model; raises ValueError for a price with too many decimals."""
+        """Return the row for the model; raises ValueError for prices with too many decimals or of no tier."""
+        prices = attrs.asdict(self, filter=lambda _, value: value is not None)
+        tier = [key for key in prices if key.startswith("tier_")]
+        if tier and self.tier_above is None:
+            raise ValueError(f"`{tier[0]}` means nothing without `tier_above`, the size from which it holds")
         # The shortest text that means the float is what stood in the file.
-        entry = {key: Decimal(repr(value)) for key, value in attrs.asdict(self).items() if value is not None}
+        entry = {key: Decimal(repr(value)) for key, value in prices.items()}
         return row_from("configuration", name, entry)
 
 

@@ -107,7 +107,8 @@ class Context:
     `model_asked` is the client's word, `model` the name that aliases resolve it to.  `principal` is the
     name of the virtual key.  `started_at` is Unix time in seconds.  `provider` and `upstream_model` are
     those of the *current attempt* ("" before the first), so that labels and prices name who really
-    answers.  `max_tokens` is the client's own bound, None if it set none; `body_bytes` is the request's size.
+    answers.  `max_tokens` is the client's own bound, None if it set none, for each of as many answers as
+    `choices` says; `body_bytes` is the request's size.
     `limits` and `budget` are the key's own, None where it has none.
     `query` and `headers` are the client's, as they go upstream: no credentials, no cookies.
     `prices` are the rows of all deployments that may answer, None for one whose price nobody knows.
@@ -126,6 +127,7 @@ class Context:
     max_tokens: int | None = None
     provider: str = ""
     upstream_model: str = ""
+    choices: int = 1
     body_bytes: int = 0
     limits: LimitSettings | None = None
     budget: KeyBudgetSettings | None = None
@@ -133,6 +135,10 @@ class Context:
     headers: Headers = attrs.field(default=(), repr=False)
     prices: tuple[PriceRow | None, ...] = ()
     answer_headers: dict[str, str] = attrs.field(factory=dict)
+
+    def most_output_tokens(self, unbounded: int) -> int:
+        """Return how long all answers together may be, each `unbounded` where the client set no bound."""
+        return (unbounded if self.max_tokens is None else self.max_tokens) * self.choices
 
     @property
     def estimated_prompt_tokens(self) -> int:

@@ -23,8 +23,8 @@ class SlidingMinute:
     What was used in the last minute, in cells of a second.
 
     A cell is forgotten when its youngest amount is a minute old, so an amount counts for sixty seconds, and
-    for one more at the most.  `now` is in seconds and does not fall.  `cells` are seconds and amounts, in
-    any order, to begin with.
+    for one more at the most.  `now` is in seconds; where it falls, what was used before counts from then on.
+    `cells` are seconds and amounts, in any order, to begin with.
     """
 
     __slots__ = ("cells", "used")
@@ -39,6 +39,10 @@ class SlidingMinute:
     def at(self, now: float) -> int:
         """Forget what is old; return what is used."""
         cells = self.cells
+        if cells and cells[-1][0] > now + COARSE_SECONDS:
+            # The clock was put back: what lies ahead would be remembered until then.
+            for cell in cells:
+                cell[0] = min(cell[0], int(now))
         while cells and cells[0][0] <= now - MINUTE_SECONDS - 1:
             self.used -= cells.popleft()[1]
         return self.used
@@ -56,7 +60,8 @@ class SlidingMinute:
 
     def correct(self, cell: int, change: int) -> int:
         """Change an amount that was used before; of what is forgotten, nothing.  Returns the change made."""
-        for each in self.cells:
+        # Most are corrected soon after they were used.
+        for each in reversed(self.cells):
             if each[0] == cell:
                 each[1] += change
                 self.used += change
@@ -72,6 +77,10 @@ class SlidingMinute:
                 last = second + -second % COARSE_SECONDS
                 amounts[last] = amounts.get(last, 0) + amount
         return list(amounts.items())
+
+    def clear_at(self, now: float) -> int:
+        """Return when all that is used now will be forgotten, in whole seconds; `now` if nothing is."""
+        return self.cells[-1][0] + MINUTE_SECONDS + 1 if self.at(now) else ceil(now)
 
     def wait_seconds(self, now: float, room: int, others: SlidingMinute | None = None) -> int:
         """Return in how many whole seconds no more than `room` is used, here and there; 0 for now."""

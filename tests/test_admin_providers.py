@@ -199,8 +199,23 @@ class MakingTests(ProvidersTestCase):
             )
         self.assertEqual([], self.asked)
         self.do(self.providers.update("up", {"base_url": "http://127.0.0.1:9/other"}, probe=False))
-        for patch in ({**elsewhere, "api_key": "sk-new"}, {"base_url": None, "api_key": None}):
+        again = {**elsewhere, "api_key": UP["api_key"]}
+        for patch in (
+            again,
+            {"base_url": "http://h", "api_key": "sk-new"},
+            {"base_url": None, "api_key": None},
+        ):
             self.do(self.providers.update("up", patch, probe=False))
+
+    def test_redirected_from_nowhere(self) -> None:
+        """Nor is one of a kind that is there no more: nobody knows what host it was given for."""
+        assert self.seal is not None
+        gone = b'{"kind": "gone", "api_key": "sk-up-secret", "base_url": "http://127.0.0.1:9/v1"}'
+        self.do(self.directory.put("providers", "up", self.seal.close(gone)))
+        patch = {"kind": "openai", "base_url": "http://127.0.0.2:9/v1", "models": ["m"]}
+        message = self.refused(self.providers.update("up", patch, probe=False))[2]
+        self.assertIn("api_key: was given for another host", message)
+        self.do(self.providers.update("up", {**patch, "api_key": "sk-new"}, probe=False))
 
     def test_mask_alone(self) -> None:
         """A mask where there was no credential is none."""

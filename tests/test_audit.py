@@ -22,7 +22,7 @@ from crabtwist.errors import AnswerBroken, ConfigurationError, ConnectionBroken,
 from crabtwist.extensions import audit as room
 from crabtwist.extensions import audit_trail
 from crabtwist.extensions.audit import AuditSettings, BodiesExtension, audit
-from crabtwist.extensions.redaction import BUDGET_SECONDS, LOOK_AHEAD_BYTES, Redactor
+from crabtwist.extensions.redaction import BUDGET_SECONDS, LOOK_AHEAD_BYTES, REDACTED, Redactor
 from crabtwist.extensions.rotating_file import RotatingFile
 from crabtwist.hooks import Hooks
 from crabtwist.interfaces import IExtension
@@ -171,6 +171,15 @@ class LineTests(AuditTestCase):
         told = ["ops", "keys.create", "visitor", "done", "by hand"]
         self.assertEqual(["admin", "1970-01-01T00:00:01.500Z", *told], list(line.values()))
         self.assertEqual(["actor", "action", "target", "outcome", "detail"], list(line)[2:])
+
+    def test_secret_for_a_name(self) -> None:
+        """Whoever sends a secret where a name should be does not find it there again."""
+        for secret in (f"sk-ct-{'0f' * 32}", f"ct-admin-{'0f' * 32}"):
+            audit = self.audit()
+            words = f"there is no key {secret!r}"
+            audit.on_admin_action(AdminAction(1.5, "admin", "keys.delete", secret, "refused", words))
+            line = self.lines()[-1]
+            self.assertEqual((REDACTED, f"there is no key '{REDACTED}'"), (line["target"], line["detail"]))
 
     def test_hooks(self) -> None:
         """Only with bodies is an event parsed or an answer kept for it."""

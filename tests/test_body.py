@@ -91,6 +91,11 @@ class RefusedBodiesTests(SynchronousTestCase):
         for text in ('"max_tokens":1,"max_completion_tokens":2', '"max_tokens":2,"max_completion_tokens":0'):
             self.assertEqual(2, body.read(f'{{"model":"a",{text}}}'.encode()).max_tokens)
 
+    def test_choices(self) -> None:
+        """How many answers are asked for is read where it is a number; else it is the vendor's business."""
+        for text, read in (("3", 3), ("0", 1), ("-1", 1), ("null", 1), ('"3"', 1), ("9" * 40, 1)):
+            self.assertEqual(read, body.read(f'{{"model":"a","n":{text}}}'.encode()).choices)
+
     def test_stream(self) -> None:
         """True or false and nothing like it."""
         for bad in ('"false"', "1", "[]", "{}"):

@@ -12,12 +12,13 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from crabtwist.bookkeeping import Bookkeeping
+from crabtwist.bookkeeping import MOST_OUTPUT_TOKENS, Bookkeeping
 from crabtwist.errors import ConfigurationError
 from crabtwist.records import Record
 from crabtwist.retention import FIRST_AFTER_SECONDS, INTERVAL_SECONDS
 from crabtwist.tables import LEAST_JOURNAL_BYTES
 from crabtwist.tap import Options, make_node
+from crabtwist.testing import make_context
 
 NOW = 1_800_000_000
 NOBODY = 65534
@@ -30,6 +31,7 @@ class Ledger:
         self.is_open = False
         self.told: list[int | None] = []
         self.there: set[str] = set()
+        self.latest: Record | None = None
         self.counted: list[str] = []
         self.answer: Callable[[], Any] = lambda: succeed(0)
         self.append_answer: Callable[[], Any] = lambda: succeed(0)
@@ -46,6 +48,7 @@ class Ledger:
         new = [record.id for record in records if record.id not in self.there]
         self.there.update(new)
         self.counted += new
+        self.latest = records[-1]
         return self.append_answer()
 
     def prune(self, *, older_than: int | None, max_records: int | None, step: int) -> Any:
@@ -153,6 +156,16 @@ class BooksTests(SynchronousTestCase):
         self.ledger.answer = lambda: confirmed.append(self.books.journal.undelivered)
         self.reactor.advance(0.01)
         self.assertEqual((self.ledger.counted, confirmed), (["new"], [0]))
+
+    def test_endless_answer(self) -> None:
+        """What a crash interrupted is not estimated by a bound that no answer ever reaches."""
+        self.books.reserve(make_context(max_tokens=2**53 - 1), None)
+        self.successResultOf(self.books.journal.close())
+        self.started(self.folder)
+        self.pass_seconds(1)
+        assert self.ledger.latest is not None
+        assert self.ledger.latest.usage is not None
+        self.assertEqual(MOST_OUTPUT_TOKENS, self.ledger.latest.usage.output_tokens)
 
 
 class SettingsTests(SynchronousTestCase):

@@ -681,6 +681,18 @@ class LeaseTests(SynchronousTestCase):
         self.assertEqual(60, lease.ahead)
 
 
+class ChoicesTests(SynchronousTestCase):
+    """Requests for several answers."""
+
+    def test_each(self) -> None:
+        """Each answer may be as long as the client's bound, so all of them are reserved."""
+        clock = Clock()
+        node = Node({"dollars": 20 * TOKEN / DOLLAR}, clock, MemoryStorage(None, FakeServices(clock)))
+        node.ask(6, choices=3)
+        self.assertEqual((0, 18), node.used)
+        self.assertRaises(Refused, node.ask, 2, choices=2)
+
+
 class OwnBudgetTests(SynchronousTestCase):
     """Keys that bring a budget of their own."""
 

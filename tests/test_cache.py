@@ -560,12 +560,15 @@ class InStoreTests(CacheTestCase):
         self.assertEqual("miss", self.said())
 
     def test_led_meanwhile(self) -> None:
-        """Who asks the same while the store is asked may begin to ask upstream; both are given that."""
+        """Of two who look in the store at once, whoever is told first asks upstream; both are given that."""
+        held = self.storage.held = Deferred()
+        first, one = self.looking_here(), self.context
         self.storage.held = Deferred()
-        first = self.looking_here()
-        _, second = self.look()
-        assert isinstance(second, Recording)
-        self.begin(second)
+        second, other = self.looking_here(), self.context
         self.storage.held.callback(None)
-        self.assertIs(second, self.successResultOf(first))
-        self.assertEqual(0, second.size_bytes)
+        recording = self.successResultOf(second)
+        self.begin(recording)
+        held.callback(None)
+        self.assertIs(recording, self.successResultOf(first))
+        self.assertEqual(("hit", "miss"), (one.answer_headers[CACHE], other.answer_headers[CACHE]))
+        self.assertEqual(0, recording.size_bytes)

@@ -219,6 +219,12 @@ class AdmissionTests(ChannelTestCase):
         self.assertEqual((self.answers(), self.asked, self.desk.requests), ([401], [b"/v1/messages"], []))
         self.assertTrue(self.wire.half_closed)
 
+    def test_refused_by_name(self) -> None:
+        """A status has its name in the first line, also one that Twisted does not know."""
+        self.connect(admit=lambda _: Refusal(429, "too_many", "Too many."))
+        self.send(GET)
+        self.assertTrue(self.wire.value().startswith(b"HTTP/1.1 429 Too Many Requests\r\n"))
+
     def test_refused_without_body(self) -> None:
         """Where nothing more is to come, the connection closes without lingering."""
         self.send(GET)

@@ -27,10 +27,12 @@ from crabtwist.cli.keys import budget_text, limits_text
 from crabtwist.cli.place import LocalFile, Place, checked_url, find_place, listening_url
 from crabtwist.cli.plugin_checks import look_at_plugins
 from crabtwist.cli.root import main
-from crabtwist.cli.shown import plain
+from crabtwist.cli.shown import plain, when
 from crabtwist.cli.words import joined, nulls, span_seconds, value_of
 from crabtwist.config import load
 from crabtwist.discovery import discover
+from crabtwist.seal import Seal
+from crabtwist.settings import Secret
 from tests.fake_admin import TOKEN, FakeAdmin, event, refusal
 from tests.test_discovery import ACME
 from tests.test_discovery import Scratch as _Scratch
@@ -216,6 +218,11 @@ class WordsTests(SynchronousTestCase):
         )
         self.assertEqual("$1/month", budget_text({"dollars": 1.0, "per": "month"}))
         self.assertEqual("$0.5 (Europe/Berlin)", budget_text({"dollars": 0.5, "time_zone": "Europe/Berlin"}))
+
+    def test_edges_of_time(self) -> None:
+        """A moment whose day in UTC does not exist is shown as it is written."""
+        self.assertEqual("2026-11-30 17:00:00Z", when("2026-11-30T18:00:00+01:00"))
+        self.assertEqual("0001-01-01T00:00:00+14:00", when("0001-01-01T00:00:00+14:00"))
 
     def test_nothing_steers_the_terminal(self) -> None:
         """Escapes, newlines and marks that turn text around are shown for what they are."""
@@ -710,6 +717,7 @@ class BrokenStore:
 
     kind = "broken"
     settings = None
+    mark: bytes | None = None
 
     def __init__(self, opening: Any) -> None:
         self.maker = self
@@ -722,6 +730,10 @@ class BrokenStore:
     def open(self) -> Any:
         """Fail, or wait for ever."""
         return self._opening()
+
+    def get(self, _namespace: str, _key: bytes) -> Any:
+        """Return the mark of a `secret_key`, which is all that is asked for."""
+        return succeed(self.mark)
 
     def close(self) -> Any:
         """Close."""
@@ -750,6 +762,14 @@ class StoreChecksTests(SynchronousTestCase):
         [finding] = self.successResultOf(self.look(None))
         self.assertIn("not there yet", finding.what)
         self.assertFalse(Path("crabtwist.db").exists())
+
+    def test_other_secret_key(self) -> None:
+        """A store that was written with another `secret_key` keeps the gateway from starting."""
+        for secret_key, level in (("0123456789" * 4, "fine"), ("t" * 40, "problem")):
+            store = BrokenStore(lambda: succeed(None))
+            store.mark = Seal(Secret(secret_key)).mark
+            [finding] = self.successResultOf(self.look(store))
+            self.assertEqual(level, finding.level, finding.what)
 
     def test_failing(self) -> None:
         """Why a store cannot be opened is told."""

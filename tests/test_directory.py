@@ -71,6 +71,14 @@ class DirectoryTests(SynchronousTestCase):
         """A change holds on every node within a second."""
         self.assertLess(POLL_SECONDS, 1)
 
+    def test_made_twice(self) -> None:
+        """Of two nodes that make an entry of the same name at the same time one is told that it has not."""
+        self.assertTrue(self.do(self.here.make("keys", "a", b"1")))
+        self.assertFalse(self.do(self.there.make("keys", "a", b"2")))
+        self.assertEqual({"a": b"1"}, self.here.entries("keys"))
+        self.do(self.here.delete("keys", "a"))
+        self.assertTrue(self.do(self.there.make("keys", "a", b"3")))
+
     def test_quiet(self) -> None:
         """Nobody is told of anything while nothing changes."""
         for _ in range(5):

@@ -69,6 +69,12 @@ class TestKeyRing(SynchronousTestCase):
             self.assertEqual(ring.authenticate(b"old", now), old)
             self.assertEqual(ring.authenticate(b"new", now), VirtualKey("eve", None))
 
+    def test_each_once(self) -> None:
+        """It tells its keys, each once, however many secrets one has."""
+        other = key("bob", "secret-b").virtual
+        ring = KeyRing([key("ann", "secret-a")], b"", [(other, [Digest(b"1" * 32), Digest(b"2" * 32)])])
+        self.assertEqual(["ann", "bob"], sorted(each.name for each in ring))
+
     def test_empty_ring(self) -> None:
         """Without keys nobody is recognised."""
         self.assertIsNone(KeyRing([]).authenticate(b"secret"))

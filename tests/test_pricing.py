@@ -191,8 +191,10 @@ class BookTests(SynchronousTestCase):
 
     def test_dated(self) -> None:
         """A model's dated name is the same model."""
-        self.assertIs(HAIKU, BOOK.find("anthropic", "haiku-20251001"))
-        self.assertIsNone(BOOK.find("anthropic", "haiku-latest"))
+        for date in ("20251001", "2025-10-01"):
+            self.assertIs(HAIKU, BOOK.find("anthropic", f"haiku-{date}"))
+        for other in ("latest", "2025-10", "20251001-v1"):
+            self.assertIsNone(BOOK.find("anthropic", f"haiku-{other}"))
 
     def test_other_vendors(self) -> None:
         """A vendor without a row of its own takes that of the others, if they agree."""
@@ -212,6 +214,11 @@ class BookTests(SynchronousTestCase):
         self.assertEqual([], ModelSettings(input=0.000001, output=1).faults("m"))
         [fault] = ModelSettings(input=0.0000001, output=1).faults("m")
         self.assertIn("decimals", fault)
+
+    def test_tier_of_no_size(self) -> None:
+        """A price for long prompts is refused where nothing says what is long: it would never be charged."""
+        [fault] = ModelSettings(input=1, output=1, tier_input=2).faults("m")
+        self.assertIn("`tier_input` means nothing without `tier_above`", fault)
 
     def test_as_written(self) -> None:
         """What stands in the file is what is charged, binary fractions notwithstanding."""

@@ -72,6 +72,7 @@ class TestRecord(SynchronousTestCase):
             "request_id": "id",
             "started_at": "",
             "max_tokens": "",
+            "choices": "",
             "body_bytes": "",
             "answer_headers": "",
             "query": "",

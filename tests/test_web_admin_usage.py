@@ -9,7 +9,9 @@ from twisted.internet.defer import Deferred, succeed
 
 from crabtwist.extension import Extension
 from crabtwist.extensions.budget import BudgetExtension, BudgetSettings
+from crabtwist.keys import KeyRing, KeySettings
 from crabtwist.records import Total
+from crabtwist.settings import Secret
 from crabtwist.storage.memory import MemoryStorage
 from crabtwist.terms import KeyBudgetSettings
 from crabtwist.testing import FakeServices
@@ -120,6 +122,13 @@ class BudgetTests(InsideTestCase):
             tuple(shown[name] for name in ("principal", "budget_dollars", "left_dollars")),
         )
         self.assertEqual(("0.00", "0.00"), (shown["spent_dollars"], shown["reserved_dollars"]))
+
+    def test_brought(self) -> None:
+        """A budget that a key brings with it is told before the key has asked for anything."""
+        brought = KeySettings(name="ann", key=Secret("sk-ann"), budget=KeyBudgetSettings(dollars=2.0))
+        self.gateway.keys = KeyRing([brought])
+        told = [(each["principal"], each["left_dollars"]) for each in self.admin("budgets").json["budgets"]]
+        self.assertEqual([("ann", "2.00"), ("key-all", "1.50")], told)
 
     def test_own(self) -> None:
         """A key sees its own, also before it has used it."""

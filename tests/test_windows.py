@@ -44,6 +44,15 @@ class SlidingMinuteTests(SynchronousTestCase):
             window.add(now, amount)
         self.assertEqual(0, window.at(now + 61))
 
+    def test_clock_put_back(self) -> None:
+        """What was used while the clock was wrong is remembered for a minute, not until that time comes."""
+        window = SlidingMinute()
+        window.add(90_000.0, 2)
+        window.add(90_001.0, 3)
+        self.assertEqual(61, window.wait_seconds(1000.0, 0))
+        window.add(1010.0, 1)
+        self.assertEqual([6, 1, 0], [window.at(now) for now in (1060.9, 1061.0, 1071.0)])
+
     def test_wait(self) -> None:
         """The wait ends when enough is old, not when all is."""
         window = SlidingMinute()

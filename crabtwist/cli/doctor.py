@@ -57,9 +57,7 @@ def _look_there(session: Session) -> tuple[list[Any], bool]:
         return [*look_at_gateway(session.client)], True
     except Fault as fault:
         why = "What a running gateway could tell was not looked at."
-        return [
-            problem(fault.message, why, "Start it, or say where it is; or take this as what it is.")
-        ], False
+        return [problem(fault.message, why, "Start it, or say where it is.")], False
 
 
 def _stores(folder: Path, config: Any) -> list[Any]:

@@ -10,11 +10,13 @@ from typing import Any
 import attrs
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 
+from crabtwist.administration import has_other_mark
 from crabtwist.cli.findings import Finding, fine, problem, warning
 from crabtwist.config import Config, load
 from crabtwist.discovery import Makers
 from crabtwist.errors import ConfigurationError
 from crabtwist.generation import Services
+from crabtwist.settings import Secret
 
 #: How long a store may take to be opened, or closed.
 STORE_SECONDS = 15.0
@@ -126,13 +128,15 @@ def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
 
 async def look_at_stores(folder: Path, config: Config, clock: Any) -> list[Finding]:
     """Open and close the storage and the ledger; files that are not there yet are not made."""
-    found = [await _look_at(folder, "storage", config.storage, clock)]
+    found = [await _look_at(folder, "storage", config.storage, clock, config.secret_key)]
     if config.ledger is not None:
         found.append(await _look_at(folder, "ledger", config.ledger, clock))
     return found
 
 
-async def _look_at(folder: Path, sort: str, configured: Any, clock: Any) -> Finding:
+async def _look_at(
+    folder: Path, sort: str, configured: Any, clock: Any, secret_key: Secret | None = None
+) -> Finding:
     name = f"the {sort} ({configured.kind})"
     path = getattr(configured.settings, "path", None)
     if path is not None and not (folder / path).exists():
@@ -140,6 +144,7 @@ async def _look_at(folder: Path, sort: str, configured: Any, clock: Any) -> Find
     try:
         store = configured.maker.make(configured.settings, Services(clock=clock, directory=folder))
         await _within(store.open, clock)
+        strange = secret_key and await _within(lambda: _other_mark(store, secret_key), clock)
         await _within(store.close, clock)
     except CancelledError:
         raise
@@ -150,7 +155,17 @@ async def _look_at(folder: Path, sort: str, configured: Any, clock: Any) -> Find
             "The gateway does not start without it.",
             f"See whether it runs and can be reached from here, and that [{sort}] says so.",
         )
+    if strange:
+        return problem(
+            f"{name} was written with another `secret_key`",
+            "The gateway does not start: nothing that was made while it ran would open anything.",
+            "Put the old one back; the page on keys says how it is changed.",
+        )
     return fine(f"{name} can be opened")
+
+
+def _other_mark(store: Any, secret_key: Secret) -> Deferred[bool]:
+    return Deferred.fromCoroutine(has_other_mark(store, secret_key))
 
 
 def _within(action: Callable[[], Awaitable[object]], clock: Any) -> Deferred[Any]:

@@ -37,7 +37,11 @@ def _terms(function: F) -> F:
         click.option("--output-tokens-per-minute", type=_COUNT, metavar="N"),
         click.option("--concurrent-requests", type=_COUNT, metavar="N"),
         click.option("--dollars", type=DOLLARS, help="What it may spend; needs [extensions.budget]."),
-        click.option("--per", type=click.Choice(["total", "day", "month"]), help="In which time; else as for all, by the month if nothing is said."),
+        click.option(
+            "--per",
+            type=click.Choice(["total", "day", "month"]),
+            help="In which time; else as for all, by the month if nothing is said.",
+        ),
         click.option("--time-zone", help="By whose clocks a day or month begins, as Europe/Berlin."),
         click.option(
             "--expires", "expires_at", type=AHEAD, help="From then on it opens nothing: 30d, or a moment."

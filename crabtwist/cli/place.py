@@ -98,12 +98,18 @@ def find_place(
     Return where the gateway is.
 
     A token that stands in a file goes to this machine or to where the same file says, and to another only
-    if somebody named the file.  Raises `Fault`.
+    if somebody named the file.  One of the environment goes wherever somebody said, but not to another
+    machine that only a file says which nobody named.  Raises `Fault`.
     """
     address, url_from = _address(url, file, environ)
     given, token_from = token, "--token"
     if not given:
         given, token_from = environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    from_found_file = url_from == str(file.path) and not file.named and not is_this_machine(address)
+    if given and token_from == TOKEN_VARIABLE and from_found_file:
+        # Anybody may have put a file into the folder where the command is typed.
+        why = f"{TOKEN_VARIABLE} is not sent to {address}, which only stands in {file.path}"
+        return Place(address, url_from, no_token=f"{why}; name the file with --config, or give --url")
     if given:
         return Place(address, url_from, _sendable(given, token_from), token_from)
     if not (file.named or url_from == str(file.path) or is_this_machine(address)):
@@ -118,7 +124,8 @@ def find_place(
 def _no_token(file: LocalFile) -> str:
     given = f"set {TOKEN_VARIABLE}, or give --token"
     if file.document is None:
-        return f"no admin token: {given}, or run this in the folder of the gateway's {CONFIGURATION}"
+        folder = f"run this in the folder of the gateway's {CONFIGURATION}"
+        return f"no admin token: {given}, or {folder} (the first `twistd -n crabtwist` writes one)"
     return f"no admin token: {file.path} has no `admin_token`; add one and restart the gateway, or {given}"
 
 

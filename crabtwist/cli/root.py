@@ -58,7 +58,11 @@ def _version(context: click.Context, _parameter: click.Parameter, value: object)
 )
 @common
 def main() -> None:
-    """Run and watch a crabtwist gateway, through its admin API."""
+    """
+    Run and watch a crabtwist gateway, through its admin API.
+
+    `twistd -n crabtwist` starts one; its first start writes crabtwist.toml.
+    """
 
 
 for _command in (keys, providers, show_usage, show_budget, logs, cache, models, plugins, env, doctor):

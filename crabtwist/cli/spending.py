@@ -83,7 +83,9 @@ def _show_budgets(budgets: list[dict[str, Any]]) -> None:
     from crabtwist.cli.shown import Grid, show_grid
 
     heads = ("KEY", "PERIOD", "BUDGET", "SPENT", "RESERVED", "LEFT", "ENDS")
-    empty = "No key has a budget, or none has used it. Keys have one with --dollars, or by [extensions.budget]."
+    empty = (
+        "No key has a budget, or none has used it. Keys have one with --dollars, or by [extensions.budget]."
+    )
     rows = [_budget_row(each) for each in budgets]
     show_grid(Grid(heads, rows, frozenset(heads[2:6]), empty))
 

@@ -16,7 +16,7 @@ from twisted.application.service import Service
 from crabtwist.errors import ConfigurationError, Refused, UpstreamError
 from crabtwist.extension import Extension
 from crabtwist.extensions.audit_trail import Trail
-from crabtwist.extensions.redaction import Redactor, fault_in_pattern
+from crabtwist.extensions.redaction import Redactor, fault_in_pattern, without_credentials
 from crabtwist.extensions.rotating_file import RotatingFile
 from crabtwist.money import in_dollars
 from crabtwist.records import LONGEST_TEXT
@@ -218,7 +218,9 @@ class AuditExtension(Extension, Service):
 
     def on_admin_action(self, action: AdminAction) -> None:
         """Write what was done to the gateway."""
-        words = (action.actor, action.action, action.target, action.outcome, action.detail)
+        # Somebody may have sent a secret where a name should be.
+        target, detail = without_credentials(action.target), without_credentials(action.detail)
+        words = (action.actor, action.action, target, action.outcome, detail)
         self.trail.write(_encode(AdminLine(_time(action.at), *map(_kept, words))) + b"\n")
 
 

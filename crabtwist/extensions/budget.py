@@ -137,11 +137,10 @@ class BudgetExtension(Extension, Service):
         account = self._account(context.principal or ANYBODY, context.budget, context.started_at)
         if account is None or context.operation in _FREE:
             return
-        given = context.max_tokens
         row, amount = dearest(
             self._rows(context, account),
             context.estimated_prompt_tokens,
-            self._settings.output_tokens if given is None else given,
+            context.most_output_tokens(self._settings.output_tokens),
         )
         # What costs nothing may be had when nothing is left.
         if amount and not self._may_use(account, amount):

@@ -120,10 +120,12 @@ class CacheExtension(Extension):
         entry = None if wish.no_cache else self._usable(key, wish)
         if entry is not None:
             self._entries.move_to_end(key)
+        if entry is not None and entry.recording.led:
             context.answer_headers[CACHE] = "hit"
             return entry.recording
         context.answer_headers[CACHE] = "bypass" if wish.no_cache else "miss"
-        recording = self._new(key)
+        # One that nobody leads yet may still be found in the store.
+        recording = self._new(key) if entry is None else entry.recording
         if self._store is None or wish.no_cache:
             return recording
         return self._looked_for(self._store, key, recording, context, wish)
@@ -134,7 +136,9 @@ class CacheExtension(Extension):
         """Return a recording, played from the store if that has the answer."""
         kept = await store.find(key)
         entry = self._entries.get(key)
-        # Somebody else may have begun to ask meanwhile.
+        if recording.led and recording.open:
+            # Somebody else has begun to ask meanwhile, or has found it.
+            context.answer_headers[CACHE] = "hit"
         if kept is None or entry is None or entry.recording is not recording or recording.led:
             return recording
         if self._clock.seconds() - kept.kept_at <= min(wish.max_age_seconds, self._settings.ttl_seconds):

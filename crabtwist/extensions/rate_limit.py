@@ -10,9 +10,10 @@ Where the store is one that nodes share, the limits are those of all nodes toget
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from math import ceil
 from operator import itemgetter
 from typing import Any
 
@@ -173,17 +174,18 @@ class RateLimitExtension(Extension, Service):
 
     def _say(self, context: Context, meters: list[Meter], now: float) -> None:
         """Put the tightest limit of each kind into the answer's head, as the dialect says it."""
-        for kind in KINDS:
-            limited = [
-                (meter.limits[kind] - meter.used(kind, now), meter)
-                for meter in meters
-                if kind in meter.limits
-            ]
-            if not limited:
-                continue
-            left, tightest = min(limited, key=itemgetter(0))
-            limit, reset = tightest.limits[kind], tightest.wait_seconds(kind, now, 0)
-            context.answer_headers.update(_headers(context.dialect, kind, limit, max(0, left), reset, now))
+        said = context.answer_headers
+        for kind, names in _NAMES[context.dialect].items():
+            limit = left = None
+            for meter in meters:
+                if kind in meter.limits:
+                    left_here = meter.limits[kind] - meter.used(kind, now)
+                    if left is None or left_here < left:
+                        limit, left, tightest = meter.limits[kind], left_here, meter
+            if left is not None:
+                clear_at = tightest.clear_at(kind, now)
+                said[names[0]], said[names[1]] = str(limit), str(max(0, left))
+                said[names[2]] = _RESETS[context.dialect](clear_at, now)
 
 
 def _whose(scope: str, key: str = "", model: str = "") -> str:
@@ -195,11 +197,10 @@ def _whose(scope: str, key: str = "", model: str = "") -> str:
 def _estimate(context: Context) -> dict[str, int]:
     if context.operation in _TOKENLESS:
         return {"requests": 1, "input_tokens": 0, "output_tokens": 0}
-    given = context.max_tokens
     return {
         "requests": 1,
         "input_tokens": context.estimated_prompt_tokens,
-        "output_tokens": ESTIMATED_OUTPUT_TOKENS if given is None else given,
+        "output_tokens": context.most_output_tokens(ESTIMATED_OUTPUT_TOKENS),
     }
 
 
@@ -225,23 +226,28 @@ def _used(estimate: Mapping[str, int], outcome: Outcome) -> Mapping[str, int]:
     }
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _timestamp(seconds: int) -> str:
     # Costs as much as all the rest of a request's limits, and most requests of a second share it.
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _headers(dialect: str, kind: str, limit: int, left: int, reset: int, now: float) -> dict[str, str]:
-    if dialect == "anthropic":
-        at = _timestamp(int(now + reset))
-        name = f"anthropic-ratelimit-{kind.replace('_', '-')}"
-        return {f"{name}-limit": str(limit), f"{name}-remaining": str(left), f"{name}-reset": at}
-    # OpenAI's clients know requests and tokens; its tokens are those of the prompt.
-    if kind == "output_tokens":
-        return {}
-    word = "requests" if kind == "requests" else "tokens"
-    return {
-        f"x-ratelimit-limit-{word}": str(limit),
-        f"x-ratelimit-remaining-{word}": str(left),
-        f"x-ratelimit-reset-{word}": f"{reset}s",
-    }
+def _names(stem: str) -> tuple[str, str, str]:
+    return stem.format("limit"), stem.format("remaining"), stem.format("reset")
+
+
+#: By dialect and kind, the fields that say a limit, what is left of it, and when all of it will be there.
+#: OpenAI's clients know requests and tokens; its tokens are those of the prompt.
+_NAMES = {
+    "anthropic": {kind: _names(f"anthropic-ratelimit-{kind.replace('_', '-')}-{{}}") for kind in KINDS},
+    "openai": {
+        "requests": _names("x-ratelimit-{}-requests"),
+        "input_tokens": _names("x-ratelimit-{}-tokens"),
+    },
+}
+
+#: How each dialect says when that is.
+_RESETS: Mapping[str, Callable[[int, float], str]] = {
+    "anthropic": lambda clear_at, _now: _timestamp(clear_at),
+    "openai": lambda clear_at, now: f"{ceil(clear_at - now)}s",
+}

@@ -46,6 +46,7 @@ _CREDENTIALS = tuple(
     (words, re.compile(pattern))
     for words, pattern in (
         (("sk-",), r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9A-Fa-f]{4}))sk-[A-Za-z0-9_-]{16,}"),
+        (("ct-admin-",), r"ct-admin-[A-Za-z0-9_-]{16,}"),
         (("bearer", "basic"), rf"(?i:bearer|{_BASIC})\s{{1,4}}([A-Za-z0-9._~+/=-]{{16,}})"),
         (
             ("key", "token", "secret", "passw"),
@@ -122,6 +123,11 @@ class Redactor:
             for pattern in self._own:
                 text = _mask(pattern, 0, text, start, end)
         return text, len(text)
+
+
+def without_credentials(text: str) -> str:
+    """Return a short text with `REDACTED` for what looks like a credential."""
+    return _MASKED.sub(REDACTED, _without_credentials(text))
 
 
 def _decoded(data: bytes) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 import attrs
 import txredisapi  # type: ignore[import-untyped] # it has no types
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.endpoints import HostnameEndpoint
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
@@ -152,6 +153,8 @@ class _Line:
         failed = isinstance(outcome, Failure)
         if failed:
             words = outcome.getErrorMessage() or type(outcome.value).__name__
+            if outcome.check(DeferredTimeoutError):
+                words = f"no answer within {self._settings.connect_timeout:g} s"
             self._why = f"{self.where} cannot be used: {words}"
             self._retry_at = self._reactor.seconds() + RETRY_SECONDS
         for waiter in waiting:

@@ -12,7 +12,7 @@ from crabtwist.keys import VirtualKey, credential
 from crabtwist.settings import Secret
 from crabtwist.values import AdminAction
 from crabtwist.web.admin_lock import NOT_THE_TOKEN, Administrator, AdminLock
-from crabtwist.web.answers import is_for_admin, path_not_found, send_refusal
+from crabtwist.web.answers import ADMIN, is_for_admin, path_not_found, send_refusal
 
 #: Where everything is that needs a key.
 LOCKED = b"/v1/"
@@ -55,6 +55,9 @@ class Admission:
             self._refuse_while_draining()
             _refuse_unreadable(request.path)
             if is_for_admin(request.path):
+                if not (request.path + b"/").startswith(ADMIN):
+                    # A rule of some proxy's for this path would not see it in another spelling.
+                    raise path_not_found(request.path)
                 request.admission = self._administrator(request)
             else:
                 request.admission = self._authenticated(request.requestHeaders)

@@ -221,7 +221,7 @@ class TestRedisStorage(storage_contract.ServedStorageContract):
         self.server.pause()
         try:
             began = self.reactor.seconds()
-            await self.refused()
+            self.assertIn("no answer within", await self.refused())
             limit = storage_contract.CALL_SECONDS + storage_contract.GRACE_SECONDS
             self.assertLess(self.reactor.seconds() - began, limit)
         finally:
