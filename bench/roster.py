@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.candidate import Candidate
 from bench.candidates.bifrost import Bifrost
 from bench.candidates.crabllm import Crabllm, CrabllmStored
-from bench.candidates.crabtwist import Bare, Everything
+from bench.candidates.crabtwist import Bare, Everything, Extended, Unextended
 from bench.candidates.direct import Direct
 from bench.candidates.litellm import LiteLLM
 from bench.candidates.nginx import Nginx
@@ -15,6 +15,8 @@ CANDIDATES: tuple[Candidate, ...] = (
     Direct(),
     Nginx(),
     Everything(),
+    Extended(),
+    Unextended(),
     Bare(),
     Crabllm(),
     CrabllmStored(),

@@ -65,6 +65,12 @@ TARGETS = (
         _ratio("plain-small", _RATE, "nginx"),
         at_least=True,
     ),
+    Target(
+        "plain small requests, rate with all extensions, x without any",
+        0.75,
+        lambda summary, dialect: summary.ratio("plain-small", dialect, "extended", _RATE, "unextended"),
+        at_least=True,
+    ),
     Target("streams back to back, CPU per event, x nginx's", 1.5, _ratio("streams", _PER_EVENT, "nginx")),
     Target("64 paced streams, CPU per event, x nginx's", 3, _ratio("paced-64", _PER_EVENT, "nginx")),
     Target("1 MB request bodies, CPU, x nginx's", 3, _ratio("plain-1m", _PER_REQUEST, "nginx")),

@@ -61,6 +61,28 @@ kind = "sqlite"
 kind = "sqlite"
 """
 
+_ALL_EXTENSIONS = """
+[extensions.audit]
+
+[extensions.cache]
+"""
+
+_NO_EXTENSION = """
+[models."bench-claude"]
+input = 3.0
+output = 15.0
+
+[models."bench-gpt"]
+input = 2.0
+output = 8.0
+
+[storage]
+kind = "sqlite"
+
+[ledger]
+kind = "sqlite"
+"""
+
 _BARE = """
 [storage]
 kind = "memory"
@@ -120,6 +142,24 @@ class Everything(_Crabtwist):
     )
     admin = 'admin_token = "ct-bench-admin"\n'
     rest = _EVERYTHING
+
+
+class Extended(_Crabtwist):
+    """Every built-in extension, those too that not everybody wants."""
+
+    name = "extended"
+    title = "crabtwist, all extensions"
+    note = "As everything on, with the audit and the cache, which has to keep each answer: all bodies differ."
+    rest = _EVERYTHING + _ALL_EXTENSIONS
+
+
+class Unextended(_Crabtwist):
+    """The same without any extension."""
+
+    name = "unextended"
+    title = "crabtwist, no extension"
+    note = "Keys, prices, storage and ledger in SQLite, metrics; no extension."
+    rest = _NO_EXTENSION
 
 
 class Bare(_Crabtwist):
