@@ -19,6 +19,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.integration.running import CHECKOUT, RunningGateway
+from tests.integration.test_real_clients import node_modules
 
 PAGE = CHECKOUT / "docs" / "command-line.md"
 SECONDS = 30.0
@@ -221,6 +222,23 @@ class NewcomerTests(SynchronousTestCase):
             self.assertEqual(429, sitting.ask(rotated["secret"]))
             sitting.json("keys delete alice")
             self.assertEqual(401, sitting.ask(rotated["secret"]))
+
+    def test_claude_code(self) -> None:
+        """Claude Code works with a new key, by the lines that its making prints, and leaves a receipt."""
+        program = node_modules() / ".bin" / "claude"
+        with newcomer(self) as sitting:
+            said = sitting.run("crabtwist keys create alice --dollars 1 --requests-per-minute 10").stdout
+            printed = [line.strip() for line in said.partition("Claude Code:")[2].splitlines()]
+            setting = [line for line in printed if line.startswith(("export ", "unset "))]
+            [started] = [line for line in printed if line.startswith("claude")]
+            alone = "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 DISABLE_AUTOUPDATER=1"
+            quiet = f"export HOME={sitting.folder} {alone}"
+            asked = f"{program}{started.removeprefix('claude')} -p 'say hi' --output-format json < /dev/null"
+            answer = json.loads(sitting.run("; ".join([*setting, quiet, asked])).stdout)
+            self.assertFalse(answer["is_error"], answer)
+            [record, *_] = settled(sitting, 1)
+            self.assertEqual(("alice", "echo", 200), (record["principal"], record["model"], record["status"]))
+            self.assertTrue(sitting.json(f"logs {record['id']}")["receipt"]["lines"])
 
     def test_followed(self) -> None:
         """What the follower shows is what the ledger has."""
