@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import gc
 
-#: So many more containers than were let go have to be there before the young are looked at: what about a
-#: hundred requests leave behind, some two megabytes.
-YOUNG_OBJECTS = 10_000
+#: So many more containers than were let go have to be there before the young are looked at: what about
+#: twenty requests leave behind, their bodies among it.
+YOUNG_OBJECTS = 2_000
 #: So many of those looks, before those who survived one are looked at again, and of these before the rest.
 LOOKS_AT_YOUNG, LOOKS_AT_MIDDLE = 20, 50
 
