@@ -100,7 +100,7 @@ class AdminKeys:
 
     async def create(self, table: Mapping[str, Any]) -> tuple[KnownKey, str]:
         """Make a key as `NewKeyTerms` says it; returns it and its secret, which is shown only now."""
-        digest_key = self._sealed.digest_key
+        digest_key = sealed(self._seal).digest_key
         if self._config().allow_anonymous:
             raise Refusal(409, "keys_unused", "the gateway serves everybody (allow_anonymous); no key counts")
         asked = self._read(NewKeyTerms, table, KeyTerms())
@@ -140,7 +140,7 @@ class AdminKeys:
         """
 
         async def put() -> tuple[KnownKey, str]:
-            digest_key, now = self._sealed.digest_key, self._clock.seconds()
+            digest_key, now = sealed(self._seal).digest_key, self._clock.seconds()
             key, secret = self._own(name).rotated(digest_key, now, overlap_seconds)
             return await self._put(key), secret
 
@@ -157,12 +157,6 @@ class AdminKeys:
     async def _put(self, key: StoredKey) -> KnownKey:
         await self._directory.put(KEYS, key.name, key.encode())
         return _known(key)
-
-    @property
-    def _sealed(self) -> Seal:
-        if self._seal is None:
-            raise no_secret_key()
-        return self._seal
 
     def _own(self, name: str) -> StoredKey:
         """Return a key that was made; refuses for one of the file."""
@@ -214,14 +208,16 @@ def being_made(sort: str, name: str) -> Refusal:
     )
 
 
-def no_secret_key() -> Refusal:
-    """Return the refusal where there is nothing to protect the store with."""
-    return Refusal(
-        409,
-        "no_secret_key",
-        "the gateway has no `secret_key` to protect this in the store; add one of 64 random letters to the "
-        "configuration, the same on all nodes, and restart",
-    )
+def sealed(seal: Seal | None) -> Seal:
+    """Return the seal; refuses where there is none to protect the store with."""
+    if seal is None:
+        raise Refusal(
+            409,
+            "no_secret_key",
+            "the gateway has no `secret_key` to protect this in the store; add one of 64 random letters to "
+            "the configuration, the same on all nodes, and restart",
+        )
+    return seal
 
 
 def _readable(name: str, data: bytes) -> StoredKey | None:

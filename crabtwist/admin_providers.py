@@ -10,7 +10,7 @@ import attrs
 import msgspec
 from twisted.logger import Logger
 
-from crabtwist.admin_keys import being_made, merged, no_secret_key
+from crabtwist.admin_keys import being_made, merged, sealed
 from crabtwist.config import Config, ConfiguredProvider, read_provider
 from crabtwist.directory import Directory
 from crabtwist.discovery import Makers
@@ -180,7 +180,7 @@ class AdminProviders:
     async def _put(
         self, name: str, table: Mapping[str, Any], *, probe: bool, new: bool = False
     ) -> KnownProvider:
-        sealed = self._sealed
+        seal = sealed(self._seal)
         masks = [f"{each}: is only a mask; give the credential" for each in table if table[each] == MASK]
         if masks:
             raise _refused(masks)
@@ -199,7 +199,7 @@ class AdminProviders:
             self._try_making(configured)
         except ConfigurationError as error:
             raise _refused(_without_path(name, error.complaints)) from error
-        data = sealed.close(msgspec.json.encode(table))
+        data = seal.close(msgspec.json.encode(table))
         if not new:
             await self._directory.put(PROVIDERS, name, data)
         elif not await self._directory.make(PROVIDERS, name, data):
@@ -225,15 +225,9 @@ class AdminProviders:
                 422, "upstream_unusable", f"the upstream was asked for its models: {error.message}"
             ) from error
 
-    @property
-    def _sealed(self) -> Seal:
-        if self._seal is None:
-            raise no_secret_key()
-        return self._seal
-
     def _table(self, name: str) -> dict[str, Any]:
         table: dict[str, Any] = msgspec.json.decode(
-            self._sealed.open(self._directory.entries(PROVIDERS)[name]), type=dict[str, Any]
+            sealed(self._seal).open(self._directory.entries(PROVIDERS)[name]), type=dict[str, Any]
         )
         return table
 

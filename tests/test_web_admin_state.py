@@ -10,12 +10,12 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred, fail, succeed
 
+from crabtwist.admin_providers import MASK
 from crabtwist.config import Config, load
 from crabtwist.discovery import Makers, discover
 from crabtwist.extension import Extension
 from crabtwist.settings import Secret
 from crabtwist.values import AdminAction
-from crabtwist.web.admin.endpoint import MASK
 from crabtwist.web.admin.inside import Inside
 from crabtwist.web.admin.state import PATIENCE_SECONDS, config_shown, masked, own_version
 from tests.test_web_admin_requests import InsideTestCase

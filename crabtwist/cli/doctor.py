@@ -9,15 +9,14 @@ from typing import Any
 import click
 
 from crabtwist.cli.faults import Fault
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, in_session
 
 _MARKS = {"fine": "ok      ", "warning": "warning ", "problem": "PROBLEM "}
 _COLOURS = {"fine": "green", "warning": "yellow", "problem": "red"}
 
 
 @click.command()
-@common
-@click.make_pass_decorator(Session, ensure=True)
+@in_session
 def doctor(session: Session) -> None:
     """
     Look for what is wrong, and say what to do.

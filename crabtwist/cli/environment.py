@@ -10,7 +10,7 @@ import attrs
 import click
 
 from crabtwist.cli.faults import Misused
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, in_session
 
 KEY_VARIABLE = "CRABTWIST_KEY"
 
@@ -84,8 +84,7 @@ def openai(url: str, secret: str) -> dict[str, str | None]:
 @click.option(
     "--shell", type=click.Choice(sorted(SHELLS)), default="bash", show_default=True, help="Whose words."
 )
-@common
-@click.make_pass_decorator(Session, ensure=True)
+@in_session
 def env(
     session: Session,
     /,

@@ -3,55 +3,44 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from crabtwist.cli.faults import Fault, Misused
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, common, in_session, options
 from crabtwist.cli.words import AHEAD, DOLLARS, PAIR, SPAN, joined, nulls
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 EVERY_MODEL = "*"
 LIMITS = ("requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute", "concurrent_requests")
 #: As `crabtwist.web` has it where nobody says.
 OVERLAP = "24h"
 
-_session = click.make_pass_decorator(Session, ensure=True)
 _COUNT = click.IntRange(min=1)
 
 
-def _terms(function: F) -> F:
-    """Give a command the options that say a key's terms."""
-    options = (
-        click.option(
-            "--model", "-m", "models", multiple=True, help="A model or alias it may use; repeatable."
-        ),
-        click.option(
-            "--requests-per-minute", type=_COUNT, metavar="N", help="Needs [extensions.rate_limit]."
-        ),
-        click.option("--input-tokens-per-minute", type=_COUNT, metavar="N"),
-        click.option("--output-tokens-per-minute", type=_COUNT, metavar="N"),
-        click.option("--concurrent-requests", type=_COUNT, metavar="N"),
-        click.option("--dollars", type=DOLLARS, help="What it may spend; needs [extensions.budget]."),
-        click.option(
-            "--per",
-            type=click.Choice(["total", "day", "month"]),
-            help="In which time; else as for all, by the month if nothing is said.",
-        ),
-        click.option("--time-zone", help="By whose clocks a day or month begins, as Europe/Berlin."),
-        click.option(
-            "--expires", "expires_at", type=AHEAD, help="From then on it opens nothing: 30d, or a moment."
-        ),
-        click.option("--disabled/--enabled", default=None, help="Whether it opens nothing for now."),
-        click.option("--metadata", type=PAIR, multiple=True, help="For people, as team=a; repeatable."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: The options that say a key's terms.
+_terms = options(
+    click.option("--model", "-m", "models", multiple=True, help="A model or alias it may use; repeatable."),
+    click.option("--requests-per-minute", type=_COUNT, metavar="N", help="Needs [extensions.rate_limit]."),
+    click.option("--input-tokens-per-minute", type=_COUNT, metavar="N"),
+    click.option("--output-tokens-per-minute", type=_COUNT, metavar="N"),
+    click.option("--concurrent-requests", type=_COUNT, metavar="N"),
+    click.option("--dollars", type=DOLLARS, help="What it may spend; needs [extensions.budget]."),
+    click.option(
+        "--per",
+        type=click.Choice(["total", "day", "month"]),
+        help="In which time; else as for all, by the month if nothing is said.",
+    ),
+    click.option("--time-zone", help="By whose clocks a day or month begins, as Europe/Berlin."),
+    click.option(
+        "--expires", "expires_at", type=AHEAD, help="From then on it opens nothing: 30d, or a moment."
+    ),
+    click.option("--disabled/--enabled", default=None, help="Whether it opens nothing for now."),
+    click.option("--metadata", type=PAIR, multiple=True, help="For people, as team=a; repeatable."),
+)
 
 
 def _table(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,8 +63,7 @@ def keys() -> None:
 
 
 @keys.command("list")
-@common
-@_session
+@in_session
 def list_keys(session: Session) -> None:
     """List all keys."""
     session.show(session.client.get("keys"), lambda answer: _show_all(answer["keys"]))
@@ -83,8 +71,7 @@ def list_keys(session: Session) -> None:
 
 @keys.command("get")
 @click.argument("name")
-@common
-@_session
+@in_session
 def get_key(session: Session, /, name: str) -> None:
     """Show one key."""
     session.show(session.client.get("keys", name), _show)
@@ -93,8 +80,7 @@ def get_key(session: Session, /, name: str) -> None:
 @keys.command("create")
 @click.argument("name")
 @_terms
-@common
-@_session
+@in_session
 def create_key(session: Session, /, name: str, **terms: Any) -> None:
     """
     Make a key, and print its secret: once, now.
@@ -112,8 +98,7 @@ def create_key(session: Session, /, name: str, **terms: Any) -> None:
 @click.option(
     "--remove", multiple=True, metavar="PATH", help="What to unset, as limits.requests_per_minute or budget."
 )
-@common
-@_session
+@in_session
 def update_key(session: Session, /, name: str, *, remove: tuple[str, ...], **terms: Any) -> None:
     """Change a key's terms; what is not named stays as it is."""
     patch = joined(nulls(remove), _table(terms))
@@ -127,8 +112,7 @@ def update_key(session: Session, /, name: str, *, remove: tuple[str, ...], **ter
 @click.option(
     "--overlap", type=SPAN, default=OVERLAP, show_default=True, help="How long the old secret goes on; or 0."
 )
-@common
-@_session
+@in_session
 def rotate_key(session: Session, /, name: str, *, overlap: float) -> None:
     """Give a key a new secret, and print it: once, now."""
     rotated = session.client.post("keys", name, "rotate", body={"overlap_seconds": overlap})
@@ -138,8 +122,7 @@ def rotate_key(session: Session, /, name: str, *, overlap: float) -> None:
 @keys.command("delete")
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@common
-@_session
+@in_session
 def delete_key(session: Session, /, name: str, *, yes: bool) -> None:
     """Delete a key; it stops at once."""
     session.confirm(f"Delete the key {name}? It stops at once, and cannot be had back.", sure=yes)

@@ -9,14 +9,12 @@ from typing import Any
 import click
 
 from crabtwist.cli.faults import INTERRUPTED, Misused, Unreachable
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, in_session
 from crabtwist.cli.words import BACK
 
 #: The most that the API gives at once.
 PAGE = 1000
 DEFAULT_LIMIT = 50
-
-_session = click.make_pass_decorator(Session, ensure=True)
 
 
 @click.command("logs")
@@ -31,8 +29,7 @@ _session = click.make_pass_decorator(Session, ensure=True)
     "--limit", "-n", type=click.IntRange(min=1), default=DEFAULT_LIMIT, show_default=True, help="How many."
 )
 @click.option("--follow", "-f", is_flag=True, help="Show requests as they end, until Ctrl-C.")
-@common
-@_session
+@in_session
 def logs(session: Session, /, *, words: tuple[str, ...], limit: int, follow: bool, **filters: Any) -> None:
     """
     Show the latest requests, newest first; or one, with its receipt.

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
 from crabtwist.cli.faults import Misused
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, common, in_session, options
 from crabtwist.cli.words import PAIR, joined, nulls, value_of
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_session = click.make_pass_decorator(Session, ensure=True)
-
-
-def _settings(function: F) -> F:
-    """Give a command the options that say a provider's settings."""
-    options = (
-        click.option("--model", "-m", "models", multiple=True, help="NAME or NAME=UPSTREAM; repeatable."),
-        click.option("--set", "values", type=PAIR, multiple=True, help="A setting, as weight=2; repeatable."),
-        click.option(
-            "--set-from",
-            "variables",
-            type=PAIR,
-            multiple=True,
-            metavar="NAME=VARIABLE",
-            help="A setting whose value is in the environment, as api_key=OPENAI_API_KEY; repeatable."
-            " What stands on a command line is visible to others on this machine.",
-        ),
-        click.option("--probe", is_flag=True, help="Ask the upstream now whether it can be used."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+#: The options that say a provider's settings.
+_settings = options(
+    click.option("--model", "-m", "models", multiple=True, help="NAME or NAME=UPSTREAM; repeatable."),
+    click.option("--set", "values", type=PAIR, multiple=True, help="A setting, as weight=2; repeatable."),
+    click.option(
+        "--set-from",
+        "variables",
+        type=PAIR,
+        multiple=True,
+        metavar="NAME=VARIABLE",
+        help="A setting whose value is in the environment, as api_key=OPENAI_API_KEY; repeatable."
+        " What stands on a command line is visible to others on this machine.",
+    ),
+    click.option("--probe", is_flag=True, help="Ask the upstream now whether it can be used."),
+)
 
 
 def _table(
@@ -66,8 +57,7 @@ def providers() -> None:
 
 
 @providers.command("list")
-@common
-@_session
+@in_session
 def list_providers(session: Session) -> None:
     """List all providers."""
     session.show(session.client.get("providers"), lambda answer: _show_all(answer["providers"]))
@@ -75,8 +65,7 @@ def list_providers(session: Session) -> None:
 
 @providers.command("get")
 @click.argument("name")
-@common
-@_session
+@in_session
 def get_provider(session: Session, /, name: str) -> None:
     """Show one provider, its credentials masked."""
     session.show(session.client.get("providers", name), _show)
@@ -84,8 +73,7 @@ def get_provider(session: Session, /, name: str) -> None:
 
 @providers.command("models")
 @click.argument("name")
-@common
-@_session
+@in_session
 def list_models(session: Session, /, name: str) -> None:
     """Ask a provider's upstream which models it has."""
     answer = session.client.get("providers", name, "models")
@@ -96,8 +84,7 @@ def list_models(session: Session, /, name: str) -> None:
 @click.argument("name")
 @click.option("--kind", required=True, help="What it is: anthropic, openai, echo, or a plugin's word.")
 @_settings
-@common
-@_session
+@in_session
 def create_provider(
     session: Session,
     /,
@@ -123,8 +110,7 @@ def create_provider(
 @click.argument("name")
 @_settings
 @click.option("--remove", multiple=True, metavar="NAME", help="A setting to unset; repeatable.")
-@common
-@_session
+@in_session
 def update_provider(
     session: Session,
     /,
@@ -147,8 +133,7 @@ def update_provider(
 @providers.command("delete")
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@common
-@_session
+@in_session
 def delete_provider(session: Session, /, name: str, *, yes: bool) -> None:
     """Delete a provider; what it is answering goes on to its end."""
     session.confirm(f"Delete the provider {name}?", sure=yes)

@@ -6,14 +6,11 @@ from typing import Any
 
 import click
 
-from crabtwist.cli.session import Session, common
-
-_session = click.make_pass_decorator(Session, ensure=True)
+from crabtwist.cli.session import Session, common, in_session
 
 
 @click.command("models")
-@common
-@_session
+@in_session
 def models(session: Session) -> None:
     """Show the models that are served, by whom, and their other names."""
     session.show(session.client.get("models"), _show_models)
@@ -40,8 +37,7 @@ def _show_models(answer: dict[str, Any]) -> None:
 
 
 @click.command("plugins")
-@common
-@_session
+@in_session
 def plugins(session: Session) -> None:
     """Show the plugins that the gateway found, and those that it could not load."""
     session.show(session.client.get("plugins"), _show_plugins)
@@ -70,8 +66,7 @@ def cache() -> None:
 
 
 @cache.command("clear")
-@common
-@_session
+@in_session
 def clear_cache(session: Session) -> None:
     """Forget all answers that this node keeps."""
     answer = session.client.post("cache", "clear")

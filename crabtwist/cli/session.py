@@ -60,8 +60,21 @@ def _keep(context: click.Context, parameter: click.Parameter, value: object) -> 
         setattr(context.ensure_object(Session), str(parameter.name), value)
 
 
+def options(*several: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return what gives a command several options, which its help lists in this order."""
+
+    def give(command: F) -> F:
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return give
+
+
 _KEPT: Any = {"expose_value": False, "callback": _keep}
-_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+
+#: Gives a command, or a group of them, the options that all have.
+common = options(
     click.option(
         "--url",
         metavar="URL",
@@ -85,9 +98,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--json", "as_json", is_flag=True, **_KEPT, help="Print JSON, errors too (on stderr)."),
 )
 
+_pass_session = click.make_pass_decorator(Session, ensure=True)
 
-def common(function: F) -> F:
-    """Give a command the options that all have."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+
+def in_session(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that all have, and the run's `Session` as its first argument."""
+    return common(_pass_session(command))

@@ -7,14 +7,13 @@ from typing import Any
 import click
 
 from crabtwist.cli.faults import Fault
-from crabtwist.cli.session import Session, common
+from crabtwist.cli.session import Session, in_session
 from crabtwist.cli.words import DAY
 
 GROUPS = ("principal", "model", "provider", "day")
 #: What people call the principal.
 KEY = "key"
 
-_session = click.make_pass_decorator(Session, ensure=True)
 _NUMBERS = ("REQUESTS", "INPUT", "CACHED", "OUTPUT", "COST", "UNPRICED")
 
 
@@ -31,8 +30,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: str) ->
 )
 @click.option("--since", type=DAY, help="From this day on: 2026-11-30, today, or 7d.")
 @click.option("--until", type=DAY, help="Before this day.")
-@common
-@_session
+@in_session
 def show_usage(session: Session, /, *, by: str, since: str | None, until: str | None) -> None:
     """Show requests, tokens and cost, from the ledger."""
     answer = session.client.get("usage", by=by or None, since=since, until=until)
@@ -65,8 +63,7 @@ def _numbers(total: dict[str, Any]) -> list[str]:
 
 @click.command("budget")
 @click.argument("key", required=False)
-@common
-@_session
+@in_session
 def show_budget(session: Session, /, key: str | None) -> None:
     """Show how budgets stand: of all keys that have one, or of one key."""
     answer = session.client.get("budgets")

@@ -1,8 +1,8 @@
-"""What the stores outside of this process have in common: their error, schemas, threads, prefixes."""
+"""What the stores outside of this process have in common: errors, schemas, threads, prefixes, boards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -13,6 +13,9 @@ from crabtwist.errors import StorageError
 
 #: The SQL statements that lead from one version of a schema to the next.
 Step = Sequence[str]
+
+#: Notes by keys, and by members.
+Boards = dict[bytes, dict[bytes, bytes]]
 
 #: How many calls may wait in one store; what comes on top fails at once, for memory has an end.
 MOST_WAITING = 10_000
@@ -83,3 +86,11 @@ def end_of_prefix(prefix: bytes) -> bytes | None:
     """Return the least key after all keys that begin with `prefix`, None where there is none."""
     stem = prefix.rstrip(b"\xff")
     return stem[:-1] + bytes([stem[-1] + 1]) if stem else None
+
+
+def boards_of(rows: Iterable[tuple[bytes, bytes, bytes]]) -> Boards:
+    """Return the boards that rows of key, member and note are on."""
+    boards: Boards = {}
+    for key, member, note in rows:
+        boards.setdefault(key, {})[member] = note
+    return boards

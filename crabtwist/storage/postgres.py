@@ -22,13 +22,13 @@ from crabtwist.interfaces import IStorage
 from crabtwist.storage import postgres_boards
 from crabtwist.storage.migrations import (
     MOST_WAITING,
+    Boards,
     Step,
     closed,
     end_of_prefix,
     migrate_postgres,
     overloaded,
 )
-from crabtwist.storage.postgres_boards import Boards
 from crabtwist.storage.postgres_connection import Connection
 from crabtwist.storage.postgres_lane import (
     MIGRATION_SECONDS,

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from crabtwist.storage.migrations import Boards, boards_of
 from crabtwist.storage.postgres_connection import Connection
-
-#: By keys, and by members.
-Boards = dict[bytes, dict[bytes, bytes]]
 
 STEP = (
     """CREATE TABLE crabtwist_note (
@@ -82,7 +80,4 @@ def post(
 
 def read(connection: Connection, namespace: str) -> Boards:
     """Return all boards of a namespace."""
-    boards: Boards = {}
-    for key, member, note in connection.execute(_READ, (namespace,), binary=True):
-        boards.setdefault(key, {})[member] = note
-    return boards
+    return boards_of(connection.execute(_READ, (namespace,), binary=True))

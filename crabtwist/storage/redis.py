@@ -27,8 +27,7 @@ from crabtwist.errors import StorageError
 from crabtwist.interfaces import IStorage
 from crabtwist.settings import Secret, not_blank, positive
 from crabtwist.storage import redis_boards
-from crabtwist.storage.migrations import MOST_WAITING, closed, overloaded
-from crabtwist.storage.redis_boards import Boards
+from crabtwist.storage.migrations import MOST_WAITING, Boards, closed, overloaded
 
 #: How long a server that could not be reached is left alone; calls fail at once in that time.
 RETRY_SECONDS = 0.2

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate, islice, pairwise
 
-#: By keys, and by members.
-Boards = dict[bytes, dict[bytes, bytes]]
+from crabtwist.storage.migrations import Boards
 
 _TELL = """
 local counts, sizes, texts = {}, {}, {}

@@ -28,6 +28,7 @@ from crabtwist.settings import not_blank, not_negative, positive
 from crabtwist.storage import sqlite_boards
 from crabtwist.storage.migrations import (
     MOST_WAITING,
+    Boards,
     Step,
     closed,
     end_of_prefix,
@@ -35,7 +36,6 @@ from crabtwist.storage.migrations import (
     overloaded,
     steps_after,
 )
-from crabtwist.storage.sqlite_boards import Boards
 
 #: Says in the file's header whose it is ("ctwi"), see https://www.sqlite.org/pragma.html#pragma_application_id.
 APPLICATION_ID = 0x63747769

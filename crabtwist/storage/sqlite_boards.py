@@ -5,8 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 
-#: By keys, and by members.
-Boards = dict[bytes, dict[bytes, bytes]]
+from crabtwist.storage.migrations import Boards, boards_of
 
 STEP = (
     """CREATE TABLE note (
@@ -43,7 +42,4 @@ def post(
 
 def read(database: sqlite3.Connection, namespace: str, now: float) -> Boards:
     """Return all boards of a namespace."""
-    boards: Boards = {}
-    for key, member, note in database.execute(_READ_ALL, (namespace, now)):
-        boards.setdefault(key, {})[member] = note
-    return boards
+    return boards_of(database.execute(_READ_ALL, (namespace, now)))

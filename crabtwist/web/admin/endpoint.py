@@ -34,6 +34,7 @@ from klein import Klein
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from crabtwist.admin_providers import MASK
 from crabtwist.errors import Refusal, StorageError
 from crabtwist.gateway import Gateway
 from crabtwist.keys import VirtualKey
@@ -51,8 +52,6 @@ ACTOR = "admin"
 
 #: How long to wait for a store that does not answer.
 RETRY_SECONDS = 1
-
-MASK = "********"
 
 _FIELDS = ((b"content-type", b"application/json"),)
 

@@ -11,13 +11,14 @@ from typing import Any
 import attrs
 from twisted.internet.defer import CancelledError, maybeDeferred
 
+from crabtwist.admin_providers import MASK
 from crabtwist.bookkeeping import Bookkeeping
 from crabtwist.config import NO_LEDGER, Config
 from crabtwist.errors import Refusal
 from crabtwist.routing import Deployment
 from crabtwist.settings import Secret
 from crabtwist.tables import GatewaySettings
-from crabtwist.web.admin.endpoint import ADMIN, MASK, Endpoint, about
+from crabtwist.web.admin.endpoint import ADMIN, Endpoint, about
 from crabtwist.web.admin.inside import Inside
 from crabtwist.web.admin.times import rfc3339
 
