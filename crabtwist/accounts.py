@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime, timedelta
 from math import inf
 
 import attrs
@@ -140,3 +141,14 @@ def principal_in(key: bytes) -> str | None:
     """Return whose account a board is, None if it is none."""
     words = key.decode().split(" ", 3)
     return words[3] if len(words) == 4 else None
+
+
+def is_over(key: bytes, now: float) -> bool:
+    """Say whether a board is no account's, or of a period that had ended everywhere at a Unix time."""
+    words = key.decode().split(" ", 3)
+    if len(words) < 4:
+        return True
+    per, label = words[:2]
+    # Somewhere it is still yesterday.
+    yesterday = (datetime.fromtimestamp(now, UTC) - timedelta(days=1)).date().isoformat()
+    return per != "total" and label < yesterday[: len(label)]

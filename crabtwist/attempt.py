@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import attrs
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeoutError
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
@@ -40,7 +42,7 @@ ERROR_BODY_BYTES = 1 << 20
 ERROR_BODY_SECONDS = 5.0
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Patience:
     """
     What the configuration says about waiting and keeping, for every attempt alike.
@@ -68,6 +70,11 @@ class Reply:
     def streamed(self) -> bool:
         """Whether it is a stream of events."""
         return isinstance(self.relay, StreamRelay)
+
+    @property
+    def whole(self) -> bytes | None:
+        """The body of a plain answer that has come to its good end, and flowed nowhere; else None."""
+        return self.relay.whole if isinstance(self.relay, PlainRelay) else None
 
     @property
     def length(self) -> int | None:
@@ -101,11 +108,7 @@ class Attempt:
         self._clock = clock
         self._patience = patience
         self._hooks = hooks
-        self._limits = RelayLimits(
-            idle_timeout_seconds=deployment.idle_timeout_seconds,
-            client_stall_seconds=patience.client_stall_seconds,
-            ping_seconds=patience.ping_seconds,
-        )
+        self._limits = _limits(deployment.idle_timeout_seconds, patience)
 
     async def reply(self, call: Call) -> Reply:
         """Send the call; returns an answer to pass on, or raises an `UpstreamError`."""
@@ -120,13 +123,17 @@ class Attempt:
 
     async def _head(self, call: Call) -> IResponse:
         seconds = self._deployment.head_timeout_seconds
+        late: IDelayedCall | None = None
         try:
             opening: Deferred[IResponse] = self._deployment.provider.open(call)
-            return await opening.addTimeout(seconds, self._clock)
-        except (CancelledError, UpstreamError):
-            raise
-        except DeferredTimeoutError:
+            late = self._clock.callLater(seconds, opening.cancel)
+            return await opening
+        except CancelledError:
+            if late is None or late.active():
+                raise
             raise HeadTimedOut(f"the upstream sent no response head within {seconds:g} seconds") from None
+        except UpstreamError:
+            raise
         except Exception as error:
             _log.failure(
                 "{request_id}: the provider {provider} failed",
@@ -134,6 +141,9 @@ class Attempt:
                 provider=self._deployment.provider.name,
             )
             raise ConnectionBroken(f"the provider failed: {type(error).__name__}") from error
+        finally:
+            if late is not None and late.active():
+                late.cancel()
 
     # Answers.
 
@@ -257,6 +267,11 @@ class Attempt:
         return Answer(said.status, ((b"content-type", b"application/json"), *kept), body)
 
 
+@lru_cache(maxsize=64)
+def _limits(idle_timeout_seconds: float, patience: Patience) -> RelayLimits:
+    return RelayLimits(idle_timeout_seconds, patience.client_stall_seconds, patience.ping_seconds)
+
+
 def _fields(response: IResponse) -> Headers:
     """Return a response's fields, in wire order where the response knows it."""
     raw: Headers | None = getattr(response, "raw_headers", None)
@@ -267,6 +282,8 @@ def _fields(response: IResponse) -> Headers:
 
 async def _until_ready(relay: Relay, seconds: float | None = None, clock: IReactorTime | None = None) -> None:
     """Wait until a relay knows enough, or for `seconds`; whoever stops waiting stops the relay."""
+    if relay.is_ready:
+        return
     ready = relay.ready
     if seconds is not None and clock is not None:
         ready = ready.addTimeout(seconds, clock)

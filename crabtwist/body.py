@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import ClassVar
 
 import attrs
 import msgspec
@@ -36,6 +35,7 @@ MAX_BRACKETS = 500_000
 
 #: The largest whole number that every JSON parser reads alike (RFC 8259, section 6).
 MAX_EXACT_INTEGER = 2**53 - 1
+LONGEST_INTEGER = len(str(MAX_EXACT_INTEGER))
 
 #: Replace `body[start:end]` with `text`.
 Edit = tuple[int, int, bytes]
@@ -53,18 +53,17 @@ _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 class _Key:
     """
-    A member's name that equals nothing but itself, so that a dict of them keeps repeated members.
+    Stands for a member's name and equals nothing but itself, so that a dict keeps repeated members.
 
-    msgspec makes one for each key that it meets: the cheapest way to learn the top level's names, with
+    msgspec has one made for each key that it meets: the cheapest way to learn the top level's names, with
     the values left as slices of the body.
     """
 
-    __slots__ = ("name",)
-    #: How many the document in hand has made so far.
-    made: ClassVar[int] = 0
+    __slots__ = ()
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+#: The names in the document in hand, in order.
+_names: list[str] = []
 
 
 class _TooManyMembersError(Exception):
@@ -72,13 +71,21 @@ class _TooManyMembersError(Exception):
 
 
 def _make_key(_type: type, name: str) -> _Key:
-    _Key.made += 1
-    if _Key.made > MAX_MEMBERS:
+    if len(_names) >= MAX_MEMBERS:
         raise _TooManyMembersError
-    return _Key(name)
+    _names.append(name)
+    return _Key()
 
 
 _top_level = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=_make_key)
+
+
+def _parsed(data: bytes) -> list[tuple[str, msgspec.Raw]]:
+    """Return names and values of the members of an object's text; raises what msgspec does."""
+    try:
+        return list(zip(_names, _top_level.decode(data).values(), strict=True))
+    finally:
+        _names.clear()
 
 
 def invalid(message: str) -> Refusal:
@@ -100,9 +107,8 @@ class JSONObject:
     @classmethod
     def parse(cls, data: bytes) -> JSONObject | None:
         """Return the object that `data` is the text of, None if it is none."""
-        _Key.made = 0
         try:
-            return cls(data, [(key.name, raw) for key, raw in _top_level.decode(data).items()])
+            return cls(data, _parsed(data))
         except (msgspec.DecodeError, RecursionError, _TooManyMembersError):
             return None
 
@@ -175,34 +181,33 @@ def read(data: bytes, max_depth: int = MAX_JSON_DEPTH) -> RequestBody:
     Raises `Refusal` (400) in words for the caller.
     """
     marks = _marks(data)
-    members = _members(data, marks)
-    if _too_deep(marks, max_depth):
+    openings = marks.count(b"[") + marks.count(b"{")
+    members = _members(data, openings)
+    if openings > max_depth and _too_deep(marks, max_depth):
         raise invalid(f"the body nests deeper than {max_depth} levels; flatten it")
-    refuse_ambiguous_keys(members, KEYS_READ)
-    values = {name: bytes(raw) for name, raw in members if name in KEYS_READ}
-    limits = [_max_tokens(values, name) for name in ("max_completion_tokens", "max_tokens")]
+    values = unambiguous(members, KEYS_READ)
+    max_tokens = _max_tokens(values)
     return RequestBody(
         data=data,
         members=members,
         model=_model(values.get("model")),
         stream=_stream(values.get("stream")),
-        max_tokens=max((limit for limit in limits if limit is not None), default=None),
+        max_tokens=max_tokens,
         choices=_choices(values.get("n")),
     )
 
 
-def _members(data: bytes, marks: bytes) -> list[tuple[str, msgspec.Raw]]:
+def _members(data: bytes, openings: int) -> list[tuple[str, msgspec.Raw]]:
     if not data:
         raise invalid("the body is empty; send a JSON object")
     if data.startswith(_BYTE_ORDER_MARKS):
         raise invalid("the body begins with a byte order mark; send plain UTF-8 without one")
-    if marks.count(b"[") + marks.count(b"{") > MAX_BRACKETS:
+    if openings > MAX_BRACKETS:
         raise invalid(f"the body holds more than {MAX_BRACKETS} opening brackets; send less")
-    _Key.made = 0
     try:
         # msgspec does not look into the strings that it skips.
         data.isascii() or data.decode()
-        return [(key.name, raw) for key, raw in _top_level.decode(data).items()]
+        return _parsed(data)
     except _TooManyMembersError:
         raise invalid(f"the body has more than {MAX_MEMBERS} members at its top level") from None
     except UnicodeDecodeError as error:
@@ -236,8 +241,6 @@ def _too_deep(marks: bytes, max_depth: int) -> bool:
 
     What is in strings is dropped; each round of removing `[]` and `{}` then takes the innermost level away.
     """
-    if marks.count(b"[") + marks.count(b"{") <= max_depth:
-        return False
     # Most strings hold no brackets.  Where two that do stand side by side, they become one that does.
     brackets = b"".join(marks.replace(b'""', b"").split(b'"')[::2])
     for _ in range(max_depth):
@@ -247,31 +250,32 @@ def _too_deep(marks: bytes, max_depth: int) -> bool:
     return bool(brackets)
 
 
-def refuse_ambiguous_keys(members: Sequence[tuple[str, msgspec.Raw]], keys: Collection[str]) -> None:
-    """Raise `Refusal` (400) if one of `keys`, which the gateway reads, could be read differently."""
-    seen = set()
-    for name, _ in members:
+def unambiguous(members: Sequence[tuple[str, msgspec.Raw]], keys: Collection[str]) -> dict[str, bytes]:
+    """
+    Return the values, as they were written, of those of `keys` that are there.
+
+    Raises `Refusal` (400) if one of them, which the gateway reads, could be read differently.
+    """
+    values: dict[str, bytes] = {}
+    for name, raw in members:
         folded = name.casefold()
         if folded not in keys:
             continue
-        if folded in seen:
+        if folded in values:
             raise invalid(f'the key "{folded}" stands twice (other letter cases count); send it once')
         if name != folded:
             raise invalid(f'the key "{name}" has to be spelled "{folded}"')
-        seen.add(folded)
-
-
-def _decode(raw: bytes) -> object:
-    try:
-        return msgspec.json.decode(raw)
-    except msgspec.DecodeError:
-        return None
+        values[name] = bytes(raw)
+    return values
 
 
 def _model(raw: bytes | None) -> str:
     if raw is None:
         raise invalid('the key "model" is missing')
-    model = _decode(raw)
+    try:
+        model = msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        model = None
     if not isinstance(model, str) or not model:
         raise invalid('"model" has to be a string that is not empty')
     if len(model) > LONGEST_MODEL_NAME:
@@ -292,11 +296,14 @@ def _choices(raw: bytes | None) -> int:
     return max(1, int(raw)) if raw is not None and raw.isdigit() and len(raw) <= LONGEST_CHOICES else 1
 
 
-def _max_tokens(values: dict[str, bytes], name: str) -> int | None:
-    raw = values.get(name)
-    if raw is None or raw == b"null":
-        return None
-    # What zero means is the vendor's business; -1 is an endless answer at some.
-    if not raw.isdigit() or len(raw) > len(str(MAX_EXACT_INTEGER)) or int(raw) > MAX_EXACT_INTEGER:
-        raise invalid(f'"{name}" has to be a whole number, at most {MAX_EXACT_INTEGER}, not negative')
-    return int(raw)
+def _max_tokens(values: dict[str, bytes]) -> int | None:
+    most = None
+    for name in ("max_completion_tokens", "max_tokens"):
+        raw = values.get(name, b"null")
+        if raw == b"null":
+            continue
+        # What zero means is the vendor's business; -1 is an endless answer at some.
+        if not raw.isdigit() or len(raw) > LONGEST_INTEGER or int(raw) > MAX_EXACT_INTEGER:
+            raise invalid(f'"{name}" has to be a whole number, at most {MAX_EXACT_INTEGER}, not negative')
+        most = max(most or 0, int(raw))
+    return most

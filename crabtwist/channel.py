@@ -16,9 +16,11 @@ from typing import Any, Protocol
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
-from twisted.web import http, server
+from twisted.web import server
+from twisted.web.http import HTTPChannel, datetimeToString
 from twisted.web.http_headers import Headers as HeaderMap
 
+from crabtwist.direct_writes import DirectWriter
 from crabtwist.errors import Refusal, internal_error
 from crabtwist.gateway_request import REASONS, GatewayRequest
 from crabtwist.headers import written
@@ -58,7 +60,7 @@ class ChannelOwner(Protocol):
         """Count it no more."""
 
 
-class GatewayChannel(http.HTTPChannel):
+class GatewayChannel(HTTPChannel):
     """
     One client's connection.
 
@@ -67,7 +69,7 @@ class GatewayChannel(http.HTTPChannel):
     """
 
     owner: ChannelOwner
-    requestFactory = GatewayRequest
+    requestFactory = GatewayRequest  # type: ignore[assignment]  # it is made of nothing but its channel
     is_aborted = False
 
     def __init__(self) -> None:
@@ -76,7 +78,7 @@ class GatewayChannel(http.HTTPChannel):
         self._body: BodyReader | ChunkReader | None = None
         self._input: list[bytes] = []
         self._input_bytes = 0
-        self._is_advancing = self._is_ending = self._has_answered = False
+        self._is_advancing = self._is_ending = self._has_answered = self._is_held_back = False
         #: Whether the client may still be sending a request that has been answered.
         self._is_unread = False
         #: The first head's time runs from connecting.
@@ -100,6 +102,7 @@ class GatewayChannel(http.HTTPChannel):
     def connectionMade(self) -> None:
         """Begin to wait for the first head."""
         super().connectionMade()
+        self._writer = DirectWriter(self._wire, self.owner.reactor)
         self._set_deadline(self.owner.limits.head_timeout_seconds)
         self.owner.channel_opened(self)
 
@@ -211,6 +214,7 @@ class GatewayChannel(http.HTTPChannel):
         finally:
             self._is_advancing = False
         if self._input_bytes > MAX_PIPELINED_BYTES and not self._is_ending:
+            self._is_held_back = True
             self._networkProducer.pauseProducing()
 
     @property
@@ -292,7 +296,7 @@ class GatewayChannel(http.HTTPChannel):
 
     def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: HeaderMap) -> None:
         """Write a head, saying whether the connection ends with this answer."""
-        if self.owner.draining or b"close" in tokens(headers, b"connection"):
+        if self.owner.draining or b"close" in tokens(headers.getRawHeaders(b"connection", ())):
             self.persistent = False
         if not self.persistent:
             headers.setRawHeaders(b"connection", [b"close"])
@@ -300,21 +304,41 @@ class GatewayChannel(http.HTTPChannel):
             # Which version of what listens here is nobody's business; an upstream's own word passes.
             headers.removeHeader(b"server")
         if not headers.hasHeader(b"date"):
-            headers.setRawHeaders(b"date", [http.datetimeToString()])
+            headers.setRawHeaders(b"date", [datetimeToString()])
         super().writeHeaders(version, code, reason, headers)
 
     def say_head(self, version: bytes, status: int, reason: bytes, fields: Headers) -> None:
-        """Write a head as it is given, saying whether the connection ends with this answer, and the date."""
+        """
+        Say a head as it is given, whether the connection ends with this answer, and the date.
+
+        It leaves with what follows it: some of the body, its end, or its producer.
+        """
         if self.owner.draining:
             self.persistent = False
         if not self.persistent:
             fields = (*fields, (b"connection", b"close"))
-        if not any(len(name) == 4 and name.lower() == b"date" for name, _ in fields):
+        for name, _ in fields:
+            if len(name) == 4 and name.lower() == b"date":
+                break
+        else:
             fields = (*fields, (b"date", _date(int(self.owner.reactor.seconds()))))
-        self._wire.write(b"%b %d %b\r\n%b\r\n\r\n" % (version, status, reason, written(fields)))
+        self._writer.hold(b"%b %d %b\r\n%b\r\n\r\n" % (version, status, reason, written(fields)))
+
+    def write(self, data: bytes) -> None:
+        """Write some of an answer, which goes on."""
+        self._writer.write(data)
+
+    def write_last(self, data: bytes) -> None:
+        """Write the end of an answer, or all of it."""
+        self._writer.write_now(data)
+
+    def flush(self) -> None:
+        """Have a head that was said leave, though nothing follows it yet."""
+        self._writer.write_now(b"")
 
     def requestDone(self, request: GatewayRequest) -> None:
         """Go on to what the client has sent ahead, or end."""
+        self.flush()
         self.requests.remove(request)
         self._has_answered = True
         self._set_buffer(FileDescriptor.bufferSize)
@@ -331,7 +355,8 @@ class GatewayChannel(http.HTTPChannel):
         self._handlingRequest = False
         self._is_head_timed = False
         self._set_deadline(self.owner.limits.keep_alive_timeout_seconds)
-        if not self._waitingForTransport:
+        if self._is_held_back and not self._waitingForTransport:
+            self._is_held_back = False
             self._networkProducer.resumeProducing()
         self._advance()
 
@@ -367,4 +392,4 @@ class GatewayChannel(http.HTTPChannel):
 @lru_cache(maxsize=2)
 def _date(seconds: int) -> bytes:
     # Every answer of a second has the same.
-    return bytes(http.datetimeToString(seconds))
+    return bytes(datetimeToString(seconds))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from OpenSSL import SSL
@@ -40,8 +40,7 @@ class ConnectionLimits:
     max_idle: int = 64
 
 
-@attrs.frozen
-class Origin:
+class Origin(NamedTuple):
     """Where connections go (RFC 6454): two requests may share one if their origins are equal."""
 
     scheme: str
@@ -126,28 +125,34 @@ class ConnectionPool:
     def __init__(
         self, reactor: Any, origin: Origin, limits: ConnectionLimits, endpoint: IStreamClientEndpoint
     ) -> None:
+        self.host_field = origin.host_field()
         self.taken = 0
         self._clock = reactor
         self._origin = origin
         self._limits = limits
         self._endpoint = endpoint
         self._holders: set[HTTP1ClientProtocol] = set()
-        self._idle: dict[HTTP1ClientProtocol, IDelayedCall] = {}
+        #: Since when, the longest first.
+        self._idle: dict[HTTP1ClientProtocol, float] = {}
+        self._expiry: IDelayedCall | None = None
         self._waiting: deque[Deferred[HTTP1ClientProtocol | None]] = deque()
         self._closed = False
 
-    async def lease(self) -> HTTP1ClientProtocol | None:
-        """
-        Return a kept connection, the one used last; or None, with a slot taken to `open` one in.
-
-        Raises NoConnectionFree if neither came free in time.
-        """
+    def kept(self) -> HTTP1ClientProtocol | None:
+        """Return a kept connection, the one used last, or None if there is none."""
         while self._idle:
-            connection, expiry = self._idle.popitem()
-            expiry.cancel()
+            connection, _ = self._idle.popitem()
             if connection.quiet:
                 return connection
             connection.abort()
+        return None
+
+    async def lease(self) -> HTTP1ClientProtocol | None:
+        """
+        Return None, with a slot taken to `open` a connection in, or a connection if one came free before.
+
+        For whoever finds none `kept`.  Raises NoConnectionFree if neither came free in time.
+        """
         if self.taken < self._limits.max_connections:
             self.taken += 1
             return None
@@ -178,6 +183,9 @@ class ConnectionPool:
         kept = list(self._idle)
         for connection in kept:
             connection.close()
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
         return [connection.when_lost() for connection in kept]
 
     def _turn(self) -> Deferred[HTTP1ClientProtocol | None]:
@@ -220,12 +228,22 @@ class ConnectionPool:
         else:
             if len(self._idle) >= self._limits.max_idle:
                 next(iter(self._idle)).close()
-            self._idle[connection] = self._clock.callLater(self._limits.idle_seconds, connection.close)
+            self._idle[connection] = self._clock.seconds()
+            if self._expiry is None:
+                self._expiry = self._clock.callLater(self._limits.idle_seconds, self._expire)
+
+    def _expire(self) -> None:
+        # One timer for all, which looks who is due and whom to wait for next: most are used long before.
+        self._expiry = None
+        due = self._clock.seconds() - self._limits.idle_seconds
+        for connection, since in list(self._idle.items()):
+            if since > due:
+                self._expiry = self._clock.callLater(since - due, self._expire)
+                return
+            connection.close()
 
     def _forget(self, connection: HTTP1ClientProtocol) -> None:
-        expiry = self._idle.pop(connection, None)
-        if expiry is not None and expiry.active():
-            expiry.cancel()
+        self._idle.pop(connection, None)
         if connection in self._holders:
             self._holders.discard(connection)
             self._give_back()

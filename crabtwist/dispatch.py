@@ -46,7 +46,7 @@ class Dispatch:
         self._registry = registry
         self._operation = operation
         self._context = context
-        self._body = body
+        self._body: bodies.RequestBody | None = body
         self._abandoned = abandoned
         self._deployment: Deployment | None = None
 
@@ -57,13 +57,17 @@ class Dispatch:
         best: UpstreamError | None = None
         for index, deployment in enumerate(deployments):
             try:
-                return await self._ask(deployment)
+                reply = await self._ask(deployment)
             except UpstreamError as error:
                 # The upstream's own answer tells a client more than the gateway's words about another.
                 best = error if best is None or error.answer is not None or best.answer is None else best
                 if error.final or index + 1 == len(deployments):
                     raise best from None
                 gateway.metrics.fell_back(deployment.provider.name, error.slug)
+            else:
+                # Nobody is asked again: a stream may last for hours, and the body may have megabytes.
+                self._body = None
+                return reply
         raise AssertionError("the registry gave no candidates")
 
     async def _ask(self, deployment: Deployment) -> Reply:
@@ -120,12 +124,14 @@ class Dispatch:
 
     def _call(self, deployment: Deployment) -> tuple[bool, Call]:
         """Return whether usage is asked for in the client's place, and what to send."""
-        edits = self._body.renaming(deployment.upstream_model)
+        body = self._body
+        assert body is not None, "it is needed until somebody has answered"
+        edits = body.renaming(deployment.upstream_model)
         usage_edits: list[bodies.Edit] = []
         if self._context.stream and self._gateway.inject_stream_usage:
-            usage_edits = self._operation.dialect.ask_for_usage(self._body)
-        data = bodies.splice(self._body.data, [*edits, *usage_edits])
-        self.fidelity = b"verbatim" if data is self._body.data else b"spliced"
+            usage_edits = self._operation.dialect.ask_for_usage(body)
+        data = bodies.splice(body.data, [*edits, *usage_edits])
+        self.fidelity = b"verbatim" if data is body.data else b"spliced"
         call = Call(
             operation=self._operation.name,
             dialect=self._operation.dialect.name,

@@ -17,8 +17,8 @@ REQUEST_ID = b"x-crabtwist-request-id"
 FIDELITY = b"x-crabtwist-fidelity"
 ERROR = b"x-crabtwist-error"
 
-#: What frames a body is said by whoever sends it.
-_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
+#: What frames a body is said by whoever sends it, and which request it was by the gateway.
+_REPLACED = frozenset({b"content-length", b"transfer-encoding", b"connection", REQUEST_ID})
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -45,9 +45,9 @@ class Downstream:
         self._braked = False
         self._gone = False
         self._ended = False
-        request.notifyFinish().addErrback(self._left)
+        request.when_left(self._left)
 
-    def _left(self, _reason: object) -> None:
+    def _left(self) -> None:
         self._gone = self._ended = True
 
     @property
@@ -58,10 +58,10 @@ class Downstream:
     def start(self, status: int, fields: Headers, length: int | None = None) -> None:
         """Send the head; without a length the body is chunked.  Once."""
         own = [(name.encode(), word.encode()) for name, word in self._own_headers.items()]
+        replaced = _REPLACED.union([name for name, _ in own]) if own else _REPLACED
         own.append((REQUEST_ID, self._request_id.encode()))
-        replaced = _FRAMING.union([name for name, _ in own])
-        kept = [field for field in fields if field[0].lower() not in replaced]
-        if self.open:
+        if not self._ended:
+            kept = [field for field in fields if field[0].lower() not in replaced]
             self._request.say_head(status, (*kept, *own), length)
         self.status = status
 
@@ -75,6 +75,11 @@ class Downstream:
         self._request.write(data)
 
     remark = write
+
+    def flush(self) -> None:
+        """Have the head leave, though nothing of the body is there yet."""
+        if not self._ended:
+            self._request.flush()
 
     def finish(self, error: UpstreamError | None = None) -> None:  # noqa: ARG002 - for sinks that pass it on
         """End the answer, which is whole or says itself that it is not."""

@@ -25,9 +25,9 @@ from crabtwist.errors import Refusal, ShuttingDown, UpstreamError, internal_erro
 from crabtwist.headers import upward
 from crabtwist.keys import VirtualKey, allows
 from crabtwist.money import PriceRow
-from crabtwist.plain_relay import HOLD_BYTES, PlainRelay
+from crabtwist.plain_relay import PlainRelay
 from crabtwist.recording import Recording
-from crabtwist.relay import CLIENT_LEFT, End
+from crabtwist.relay import CLIENT_LEFT, COMPLETE, End
 from crabtwist.routing import Deployment, Registry
 from crabtwist.sharing import Lead, share
 from crabtwist.surroundings import Surroundings
@@ -92,8 +92,10 @@ class Exchange:
 
         The Deferred fires when it has ended, and never fails; cancelling it is the client leaving.
         """
-        self._running = Deferred.fromCoroutine(self.run())
-        return self._running
+        running = Deferred.fromCoroutine(self.run())
+        if self.outcome is None:
+            self._running = running
+        return running
 
     def interrupt(self, message: str) -> None:
         """End it now, telling the client why."""
@@ -120,6 +122,8 @@ class Exchange:
                 # Whoever asked pays, and how much is known at the end.
                 await self._lead.ended()
             self._settle(ended_by, reason, message)
+            # These refer back, and would be there until Python looks for such garbage.
+            self._dispatch = self._lead = self._running = None
 
     async def _answer(self) -> tuple[EndedBy, str, str | None]:
         """Answer, with whatever there is to be said, and return how that ended."""
@@ -129,17 +133,16 @@ class Exchange:
             found = await self._gateway.hooks.cached(self.context, self._request.body)
             if isinstance(found, Recording) and (found.open or not found.led):
                 return await self._share(found, candidates, dispatch)
-            if not isinstance(found, Answer):
-                return await self._relay(await dispatch.reply(candidates), dispatch)
-            self._cache_hit = True
-            self._client.answer(found)
+            if isinstance(found, Answer):
+                self._cache_hit = True
+                return self._give(found)
+            return await self._relay(await dispatch.reply(candidates), dispatch)
         except Refusal as refusal:
             self._refuse(refusal)
             return "gateway", refusal.slug, refusal.message
         except UpstreamError as error:
             self._give_up(error)
             return "upstream", error.slug, error.message
-        return "gateway", "complete", None
 
     # Reading.
 
@@ -179,21 +182,29 @@ class Exchange:
     # Relaying.
 
     async def _relay(self, reply: Reply, dispatch: Dispatch) -> tuple[EndedBy, str, str | None]:
-        end = await self._pour(reply, ((FIDELITY, dispatch.fidelity),))
+        headers, whole = (*reply.headers, (FIDELITY, dispatch.fidelity)), reply.whole
+        if whole is not None:
+            told = self._give(Answer(reply.status, headers, whole))
+            self._heard(dispatch, reply, COMPLETE)
+            return told
+        end = await self._pour(reply, headers)
         self._heard(dispatch, reply, end)
         return _told(reply, end)
 
-    async def _pour(self, reply: Reply, own: Headers) -> End:
+    async def _pour(self, reply: Reply, headers: Headers) -> End:
         """Relay an answer to the client; returns how it ended."""
         relay = reply.relay
         if self._abandoned:
             relay.stop()
             raise CancelledError
         self._reply = reply
-        self._client.start(reply.status, (*reply.headers, *own), reply.length)
+        self._client.start(reply.status, headers, reply.length)
         relay.flow(self._client)
+        self._client.flush()
         if reply.streamed:
             self._gateway.metrics.open_streams.inc()
+            # What was asked has been sent; see `Dispatch`.
+            self._request.body = b""
         try:
             return relay.end or await relay.done
         except CancelledError:
@@ -232,30 +243,28 @@ class Exchange:
         else:
             self._lead = Lead(recording, dispatch, partial(self._heard, dispatch))
             self._lead.begin(candidates)
-        reader = await following
-        body = None if recording.streamed or recording.size_bytes > HOLD_BYTES else recording.body
-        if body is not None:
-            reader.stopProducing()
-            return self._give(recording.status, recording.headers, body)
+        found = await following
+        if isinstance(found, Answer):
+            return self._give(found)
         try:
-            reply = share(recording, reader, self._gateway, self._operation, self.context)
-            end = await self._pour(reply, ())
+            reply = share(recording, found, self._gateway, self._operation, self.context)
+            end = await self._pour(reply, reply.headers)
         finally:
             # Whatever went wrong, the others do not wait for who reads no more.
-            reader.stopProducing()
+            found.stopProducing()
         self._model_answered = self._model_answered or reply.reader.model
         return _told(reply, end)
 
-    def _give(self, status: int, headers: Headers, body: bytes) -> tuple[EndedBy, str, str | None]:
-        """Give a small plain answer that is whole: nothing of it has to be waited for."""
+    def _give(self, answer: Answer) -> tuple[EndedBy, str, str | None]:
+        """Give a plain answer that is whole: nothing of it has to be waited for."""
         if self._abandoned:
             raise CancelledError
-        self._client.answer(Answer(status, headers, body))
+        self._client.answer(answer)
         if self._cache_hit and self._operation.counts:
             reader = self._operation.dialect.reader(hide_usage=False)
-            reader.body(body)
+            reader.body(answer.body)
             self._model_answered = reader.model
-        return ("upstream", "upstream_status", None) if status >= 400 else ("upstream", "complete", None)
+        return "upstream", "upstream_status" if answer.status >= 400 else "complete", None
 
     # Ending otherwise.
 
@@ -321,7 +330,7 @@ class Exchange:
             model_answered=self._model_answered,
             first_byte_seconds=None if first_byte_at is None else first_byte_at - started_at,
             duration_seconds=now - started_at,
-            bytes_in=len(self._request.body),
+            bytes_in=self.context.body_bytes,
             bytes_out=self._client.bytes_out,
             cache_hit=self._cache_hit,
             cost=cost,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -168,4 +168,4 @@ class Gateway:
 
 def new_request_id() -> str:
     """Return an id that no other request has."""
-    return "req_ct_" + secrets.token_hex(12)
+    return "req_ct_" + os.urandom(12).hex()

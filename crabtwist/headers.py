@@ -37,12 +37,16 @@ _REWRITTEN_UP = frozenset({b"host", b"content-length", b"accept-encoding"})
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-_NOT_DOWN = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"content-length"})
+_NOT_UP = HOP_BY_HOP | CREDENTIALS | _REWRITTEN_UP
+_NOT_DOWN = HOP_BY_HOP | {b"set-cookie", b"set-cookie2", b"alt-svc", b"content-length"}
+
+#: What the gateway alone says.
+_OWN = b"x-crabtwist-"
 
 
 def upward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Return a client's fields that go to the upstream, names and order as they came."""
-    return _without(fields, HOP_BY_HOP | CREDENTIALS | _REWRITTEN_UP, own=b"x-crabtwist-")
+    return _without(fields, _NOT_UP)
 
 
 def downward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
@@ -51,7 +55,7 @@ def downward(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
 
     The length is left out: whoever sends the body knows it.
     """
-    return _without(fields, HOP_BY_HOP | _NOT_DOWN, own=b"x-crabtwist-")
+    return _without(fields, _NOT_DOWN)
 
 
 def written(fields: Headers) -> bytes:
@@ -60,7 +64,7 @@ def written(fields: Headers) -> bytes:
 
     Raises ValueError for a name that is none (RFC 9110, 5.1).
     """
-    lines = [b"%b: %b" % (_name(name), value) for name, value in fields]
+    lines = [_begun(name) + value for name, value in fields]
     text = b"\r\n".join(lines)
     if text.count(b"\n") >= len(lines) or text.count(b"\r") >= len(lines):
         # Somebody's plugin, or its upstream, would otherwise say fields of its own.
@@ -69,10 +73,10 @@ def written(fields: Headers) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _name(name: bytes) -> bytes:
+def _begun(name: bytes) -> bytes:
     if not _TOKEN.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a header field")
-    return name
+    return name + b": "
 
 
 def first(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -83,16 +87,15 @@ def first(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     return None
 
 
-def _without(fields: Iterable[tuple[bytes, bytes]], unwanted: frozenset[bytes], own: bytes) -> Headers:
-    lowered = [(name.lower(), name, value) for name, value in fields]
-    named = {
-        token.strip().lower()
-        for name, _, value in lowered
-        if name == b"connection"
-        for token in value.split(b",")
-    }
-    return tuple(
-        (name, value)
-        for lower, name, value in lowered
-        if lower not in unwanted and lower not in named and not lower.startswith(own)
-    )
+def _without(fields: Iterable[tuple[bytes, bytes]], unwanted: frozenset[bytes]) -> Headers:
+    kept: list[tuple[bytes, bytes]] = []
+    named: set[bytes] = set()
+    for field in fields:
+        lower = field[0].lower()
+        if lower == b"connection":
+            named.update(token.strip().lower() for token in field[1].split(b","))
+        elif lower not in unwanted and not lower.startswith(_OWN):
+            kept.append(field)
+    if named:
+        return tuple(field for field in kept if field[0].lower() not in named)
+    return tuple(kept)

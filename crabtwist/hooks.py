@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from inspect import iscoroutine
 from typing import Any
 
-import attrs
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.interfaces import IReactorTime
@@ -35,12 +34,8 @@ _NAMES = tuple(name for name in IExtension.names() if name.startswith("on_"))
 _log = Logger()
 
 
-@attrs.frozen
-class _Hook:
-    """One extension's hook, with the name to blame."""
-
-    extension: str
-    call: Callable[..., Any]
+#: One extension's hook, after the name to blame.
+_Hook = tuple[str, Callable[..., Any]]
 
 
 def _overridden(extension: Any, name: str) -> bool:
@@ -78,7 +73,7 @@ class Hooks:
 
     @staticmethod
     def _collect(extensions: Sequence[Any], name: str) -> tuple[_Hook, ...]:
-        return tuple(_Hook(each.name, getattr(each, name)) for each in extensions if _overridden(each, name))
+        return tuple((each.name, getattr(each, name)) for each in extensions if _overridden(each, name))
 
     @property
     def want_answers(self) -> bool:
@@ -92,36 +87,40 @@ class Hooks:
 
     async def request(self, context: Context) -> None:
         """Ask every guard; raises the first `Refusal`."""
-        for hook in self._on_request:
+        for extension, call in self._on_request:
             try:
-                await self._within_time(hook.call(context))
+                result = call(context)
+                if result is not None:
+                    await self._within_time(result)
             except (CancelledError, Refusal):
                 raise
             except Exception as error:
                 _log.failure(
                     "{request_id}: the guard {extension} failed; the request is refused",
                     request_id=context.request_id,
-                    extension=hook.extension,
+                    extension=extension,
                 )
                 raise Refusal(
                     500,
                     "guard_failed",
-                    f"the gateway's extension {hook.extension!r} failed, so the request was not sent; "
+                    f"the gateway's extension {extension!r} failed, so the request was not sent; "
                     "tell whoever runs this gateway",
                 ) from error
 
     async def cached(self, context: Context, body: bytes) -> Answer | Recording | None:
         """Return the first answer that some cache has, or wants to have."""
-        for hook in self._on_cache_lookup:
+        for extension, call in self._on_cache_lookup:
             try:
-                answer = await self._within_time(hook.call(context, body))
+                answer = call(context, body)
+                if answer is not None:
+                    answer = await self._within_time(answer)
             except CancelledError:
                 raise
             except Exception:
                 _log.failure(
                     "{request_id}: the cache {extension} failed; going on without",
                     request_id=context.request_id,
-                    extension=hook.extension,
+                    extension=extension,
                 )
                 continue
             if answer is not None:
@@ -156,14 +155,14 @@ class Hooks:
         return await result.addTimeout(self._timeout_seconds, self._clock, _timed_out)
 
     def _tell(self, hooks: tuple[_Hook, ...], subject: Context | AdminAction, *args: object) -> None:
-        for hook in hooks:
+        for extension, call in hooks:
             try:
-                result = hook.call(subject, *args)
+                result = call(subject, *args)
             except Exception:
-                _crashed(hook.extension, subject, Failure())
+                _crashed(extension, subject, Failure())
                 continue
             if result is not None:
-                _watch(hook.extension, subject, result)
+                _watch(extension, subject, result)
 
 
 def _timed_out(_result: object, timeout_seconds: float) -> Any:

@@ -17,10 +17,10 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from zope.interface import implementer
 
+from crabtwist.direct_writes import send_now
 from crabtwist.errors import ConnectionBroken
 from crabtwist.http_request import BytesBody, HTTP1Request, OrderedHeaders, Sending, Upload
 from crabtwist.http_response import MAX_HEAD_BYTES, MAX_HEADERS, HTTP1Response, ResponseBody, ResponseParser
@@ -66,7 +66,8 @@ class HTTP1ClientProtocol(Protocol):
         self._peer = peer
         self._on_idle = on_idle
         self._on_gone = on_gone
-        self._limits = {"max_head_bytes": max_head_bytes, "max_headers": max_headers}
+        self._max_head_bytes = max_head_bytes
+        self._max_headers = max_headers
         self._exchange: _Exchange | None = None
         self._established: Deferred[None] | None = None
         self._when_lost: list[Deferred[None]] = []
@@ -188,7 +189,12 @@ class HTTP1ClientProtocol(Protocol):
             return fail(ConnectionBroken(f"the connection to {self._peer} cannot take a request"))
         self.answered = False
         head: Deferred[HTTP1Response] = Deferred(self._cancelled)
-        parser = ResponseParser(self._peer, bodiless=request.method == b"HEAD", **self._limits)
+        parser = ResponseParser(
+            self._peer,
+            bodiless=request.method == b"HEAD",
+            max_head_bytes=self._max_head_bytes,
+            max_headers=self._max_headers,
+        )
         self._exchange = _Exchange(request, parser, ResponseBody(self), head)
         self._send(self._exchange)
         return head
@@ -196,11 +202,14 @@ class HTTP1ClientProtocol(Protocol):
     def _send(self, exchange: _Exchange) -> None:
         request = exchange.request
         whole = request.whole_body
-        if whole is not None and len(whole) < READ_BYTES:
-            self._wire.writeSequence([request.head, whole])
-        elif whole is not None:
-            exchange.upload = sending = Sending(self._wire)
-            sending.send([request.head, whole])
+        if whole is not None:
+            # Nothing follows a request that it could go along with.
+            unsent = send_now(self._wire, [request.head, whole])
+            if sum(map(len, unsent)) >= READ_BYTES:
+                exchange.upload = sending = Sending(self._wire)
+                sending.send(unsent)
+            elif unsent:
+                self._wire.writeSequence(unsent)
         elif request.body is not None:
             self._wire.write(request.head)
             exchange.upload = Upload(self._wire, request.body, self._break)
@@ -223,13 +232,16 @@ class HTTP1ClientProtocol(Protocol):
         if parser.complete:
             # First of all, so that whoever hears of the end finds the connection free for the next request.
             self._release(exchange)
-        if parser.head_complete and exchange.head is not None:
-            self._announce(exchange)
+        # Before the head is announced, so that whoever reads a small answer has all of it at once.
         if data:
             body.receive(data)
         if parser.complete:
-            body.finish(ResponseDone())
-        elif parser.fault is not None:
+            body.finish()
+        if parser.head_complete and exchange.head is not None:
+            self._announce(exchange)
+        if parser.complete:
+            return
+        if parser.fault is not None:
             self._break(parser.fault)
         elif parser.head_complete and body.reader is None:
             self.pause()
@@ -241,7 +253,8 @@ class HTTP1ClientProtocol(Protocol):
             exchange.upload.stopProducing()
             self.abort()
         elif exchange.parser.reusable:
-            self.resume()
+            if self._paused:
+                self.resume()
             self._on_idle(self)
         else:
             self.close()
@@ -275,7 +288,7 @@ class HTTP1ClientProtocol(Protocol):
         if head is not None:
             head.errback(error)
         else:
-            exchange.body.finish(error)
+            exchange.body.finish(Failure(error))
 
     def _why(self, exchange: _Exchange, reason: BaseException | None) -> Exception:
         if self.gone:

@@ -4,9 +4,9 @@ A request as it goes out over HTTP/1.1: names, order and spelling of its fields,
 
 from __future__ import annotations
 
-import re
+import string
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, AnyStr
+from typing import Any, AnyStr, Final
 
 import attrs
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
@@ -15,10 +15,12 @@ from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IClientRequest
 from zope.interface import implementer
 
+from crabtwist.http_response import header_map
 from crabtwist.values import Headers
 
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+#: What a method, or a field's name, is made of (RFC 9110, 5.6.2).
+_TOKEN: Final = b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode()
+_CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _EMPTY_BODY_MEANS_SOMETHING = frozenset({b"POST", b"PUT", b"PATCH"})
 
@@ -50,14 +52,17 @@ class OrderedHeaders(HeaderMap):
     """
     Header fields that go out exactly as given: order, repetition and spelling.
 
-    `fields` are what is sent.  Raises ValueError for a name that is no token (RFC 9110, 5.1).
+    `fields` are what is sent.  A name that is no token (RFC 9110, 5.1) raises ValueError when it is looked
+    up, or sent.
     """
 
     def __init__(self, fields: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        super().__init__()
         self.fields: Headers = tuple(fields)
-        for name, value in self.fields:
-            super().addRawHeader(name, value)
+
+    @property
+    def _rawHeaders(self) -> dict[bytes, Sequence[bytes]]:  # type: ignore[override] # there it is written, too
+        # Where `Headers` looks fields up.  That is rare, so each look pays for itself.
+        return dict(header_map(self.fields).getAllRawHeaders())
 
     def copy(self) -> OrderedHeaders:
         """Return another with the same fields."""
@@ -65,7 +70,6 @@ class OrderedHeaders(HeaderMap):
 
     def addRawHeader(self, name: str | bytes, value: str | bytes) -> None:
         """Add a field at the end."""
-        super().addRawHeader(name, value)
         self.fields += ((_encoded(name), value.encode() if isinstance(value, str) else value),)
 
     def setRawHeaders(self, name: str | bytes, values: Sequence[str | bytes]) -> None:
@@ -76,7 +80,6 @@ class OrderedHeaders(HeaderMap):
 
     def removeHeader(self, name: AnyStr) -> None:
         """Remove every field of that name."""
-        super().removeHeader(name)
         unwanted = _encoded(name).lower()
         self.fields = tuple(field for field in self.fields if field[0].lower() != unwanted)
 
@@ -93,12 +96,12 @@ def _fields(headers: HeaderMap | None) -> Iterable[tuple[bytes, bytes]]:
     return [(name, value) for name, values in headers.getAllRawHeaders() for value in values]
 
 
-def _framing(method: bytes, body: IBodyProducer | None) -> list[tuple[bytes, bytes]]:
+def _framing(method: bytes, body: IBodyProducer | None) -> list[bytes]:
     if body is None:
-        return [(b"Content-Length", b"0")] if method in _EMPTY_BODY_MEANS_SOMETHING else []
+        return [b"Content-Length: 0"] if method in _EMPTY_BODY_MEANS_SOMETHING else []
     if body.length == UNKNOWN_LENGTH:
-        return [(b"Transfer-Encoding", b"chunked")]
-    return [(b"Content-Length", b"%d" % body.length)]
+        return [b"Transfer-Encoding: chunked"]
+    return [b"Content-Length: %d" % body.length]
 
 
 def render_head(
@@ -111,19 +114,34 @@ def render_head(
     fields that frame the body are always our own.  Raises ValueError, which never holds a value, for a
     method or name that is no token and for control characters in a value.
     """
-    if not _TOKEN.fullmatch(method):
-        raise ValueError(f"not an HTTP method: {method!r}")
-    fields = [field for field in _fields(headers) if field[0].lower() not in _FRAMING]
-    if not any(name.lower() == b"host" for name, _ in fields):
-        fields.insert(0, (b"Host", host))
-    fields += _framing(method, body)
+    fields = _fields(headers)
+    names = [name.lower() for name, _ in fields]
+    lines = [b"%b %b HTTP/1.1" % (method, target)]
+    if b"host" not in names:
+        lines.append(b"Host: " + host)
+    lines += [b": ".join(field) for field, name in zip(fields, names, strict=True) if name not in _FRAMING]
+    lines += _framing(method, body)
+    head = b"\r\n".join([*lines, b"", b""])
+    # All at once, as nearly all pass: nothing but the lines' own ends may end one.
+    own_bytes = len(b"\r\n") * (len(lines) + 1)
+    if (
+        b"" in (method, *names)
+        or b"".join((method, *names)).translate(None, _TOKEN)
+        or len(head.translate(None, _CONTROLS)) + own_bytes != len(head)
+    ):
+        raise ValueError(_complaint(method, fields))
+    return head
+
+
+def _complaint(method: bytes, fields: Iterable[tuple[bytes, bytes]]) -> str:
+    if not method or method.translate(None, _TOKEN):
+        return f"not an HTTP method: {method!r}"
     for name, value in fields:
-        if not _TOKEN.fullmatch(name):
-            raise ValueError(f"not a header field's name: {name!r}")
-        if _CONTROL.search(value):
-            raise ValueError(f"a control character in the value of the header field {name.decode()}")
-    lines = [b"%b %b HTTP/1.1" % (method, target), *(b"%b: %b" % field for field in fields), b"", b""]
-    return b"\r\n".join(lines)
+        if not name or name.translate(None, _TOKEN):
+            return f"not a header field's name: {name!r}"
+        if value.translate(None, _CONTROLS) != value:
+            return f"a control character in the value of the header field {name.decode()}"
+    return "a control character in the request's target"
 
 
 @implementer(IClientRequest)

@@ -13,6 +13,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from twisted.internet.interfaces import IProtocol, IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import UNKNOWN_LENGTH, IClientRequest, IResponse
 from zope.interface import implementer
@@ -22,11 +23,24 @@ from crabtwist.values import Headers
 
 _log = Logger()
 
+_VERSIONS: Final = {"1.0": (b"HTTP", 1, 0), "1.1": (b"HTTP", 1, 1)}
+
 #: The most that may go by without a byte of body: a head, interim answers, trailers, chunk extensions.
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 500
 
 _CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])
+
+#: How a whole body ends; one for all, as twisted's `connectionDone` is.
+WHOLE: Final = Failure(ResponseDone())
+
+
+def header_map(fields: Headers) -> HeaderMap:
+    """Return fields in a form in which they can be looked up."""
+    by_name = HeaderMap()
+    for name, value in fields:
+        by_name.addRawHeader(name, value)
+    return by_name
 
 
 class _Stop(Exception):
@@ -44,6 +58,15 @@ class ResponseParser:
     6.3); they never leave the connection reusable.
     """
 
+    code = 0
+    phrase = b""
+    version = (b"HTTP", 1, 1)
+    raw_headers: Headers = ()
+    length: int | str = UNKNOWN_LENGTH
+    head_complete = complete = until_close = reusable = False
+    fault: ConnectionBroken | None = None
+    _barren_bytes = _field_bytes = 0
+
     def __init__(
         self,
         peer: str,
@@ -52,20 +75,12 @@ class ResponseParser:
         max_head_bytes: int = MAX_HEAD_BYTES,
         max_headers: int = MAX_HEADERS,
     ) -> None:
-        self.code = 0
-        self.phrase = b""
-        self.version = (b"HTTP", 1, 1)
-        self.raw_headers: Headers = ()
-        self.length: int | str = UNKNOWN_LENGTH
-        self.head_complete = self.complete = self.until_close = self.reusable = False
-        self.fault: ConnectionBroken | None = None
         self._peer = peer
         self._bodiless = bodiless
         self._max_head_bytes = max_head_bytes
         self._max_headers = max_headers
         self._fields: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
-        self._barren_bytes = self._field_bytes = 0
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
 
     def feed(self, data: bytes) -> bytes:
@@ -78,15 +93,12 @@ class ResponseParser:
             if not self.complete and self.fault is None:
                 self.fault = ConnectionBroken(f"{self._peer} does not speak HTTP/1.1: {error}")
         parts, self._parts = self._parts, []
-        self._bound(0 if parts else len(data))
+        self._barren_bytes = 0 if parts else self._barren_bytes + len(data)
+        if self._barren_bytes > self._max_head_bytes and not self.complete and self.fault is None:
+            self.fault = ConnectionBroken(f"{self._peer} sent over {self._max_head_bytes} bytes and no body")
         if self.complete or self.fault is not None:
             self._parser = None  # it knows us, we know it: a cycle for each request
         return b"".join(parts)
-
-    def _bound(self, barren_bytes: int) -> None:
-        self._barren_bytes = self._barren_bytes + barren_bytes if barren_bytes else 0
-        if self._barren_bytes > self._max_head_bytes and not self.complete and self.fault is None:
-            self.fault = ConnectionBroken(f"{self._peer} sent over {self._max_head_bytes} bytes and no body")
 
     def _refuse(self, what: str) -> None:
         self.fault = ConnectionBroken(f"{self._peer} sent {what}")
@@ -116,7 +128,7 @@ class ResponseParser:
         assert self._parser is not None
         self.code = self._parser.get_status_code()
         version = self._parser.get_http_version()
-        if version not in ("1.0", "1.1") or self.code < 100:
+        if version not in _VERSIONS or self.code < 100:
             self._refuse("an answer that is not HTTP/1.1")
         if self.phrase.translate(None, _CONTROLS) != self.phrase:
             self._refuse("control characters in its head")
@@ -124,7 +136,7 @@ class ResponseParser:
             self._refuse("a change of protocol that nobody asked for")
         if self.code < 200:
             return
-        self.version = (b"HTTP", 1, int(version[-1]))
+        self.version = _VERSIONS[version]
         self.raw_headers = tuple(self._fields)
         self._frame()
         self.reusable = self._parser.should_keep_alive() and not self._bodiless
@@ -132,16 +144,21 @@ class ResponseParser:
         self.head_complete = True
 
     def _frame(self) -> None:
-        framing = {name.lower(): value for name, value in self.raw_headers}
-        coding = framing.get(b"transfer-encoding")
-        if coding is not None and coding.lower() != b"chunked":
-            self._refuse("a body in a transfer coding that nobody asked for")
+        length = coding = None
+        for name, value in self.raw_headers:
+            lower = name.lower()
+            if lower == b"content-length":
+                length = int(value)
+            elif lower == b"transfer-encoding":
+                coding = value
+                if coding.lower() != b"chunked":
+                    self._refuse("a body in a transfer coding that nobody asked for")
         if self._bodiless or self.code in (204, 304):
             self.length = 0
+        elif coding is None and length is not None:
+            self.length = length
         elif coding is None:
-            self.length = int(framing.get(b"content-length", -1))
-            if self.length < 0:
-                self.length, self.until_close = UNKNOWN_LENGTH, True
+            self.until_close = True
 
     def on_body(self, data: bytes) -> None:
         """Some of the body."""
@@ -178,21 +195,25 @@ class ResponseBody:
     source is paused.  The end is told once, after the last byte.
     """
 
+    reader: Any = None
+    _end: Failure | None = None
+    _attached = _paused = _stopped = _busy = False
+
     def __init__(self, source: Source) -> None:
-        self.reader: IProtocol | None = None
         self._source: Source | None = source
         self._held: list[bytes] = []
-        self._end: Exception | None = None
-        self._attached = self._paused = self._stopped = self._told = self._busy = False
 
-    def attach(self, reader: IProtocol) -> None:
+    def attach(self, reader: Any) -> None:
         """Begin to deliver.  Raises RuntimeError if there is a reader already."""
         if self._attached:
             raise RuntimeError("the body has a reader already")
         self._attached = True
         self.reader = reader
         self._busy = True  # nothing is delivered from inside `makeConnection`
-        self._guard(reader.makeConnection, self)
+        try:
+            reader.makeConnection(self)
+        except Exception:
+            self._fail()
         self._busy = False
         self._flow()
 
@@ -200,17 +221,19 @@ class ResponseBody:
         """Take some of the body from the source."""
         if not self._stopped:
             self._held.append(data)
-            self._deliver()
+            if self.reader is not None:
+                self._deliver()
 
     def detach(self) -> None:
         """Let the source go: it has seen the end."""
         self._source = None
 
-    def finish(self, reason: Exception) -> None:
+    def finish(self, reason: Failure = WHOLE) -> None:
         """Tell the end, once everything before it is delivered."""
         self._source = None
         self._end = reason
-        self._deliver()
+        if self.reader is not None:
+            self._deliver()
 
     def pauseProducing(self) -> None:
         """Deliver nothing more until `resumeProducing`."""
@@ -226,7 +249,7 @@ class ResponseBody:
     def stopProducing(self) -> None:
         """Close the connection at once, whatever is under way; the end follows."""
         if self._held and self._end is not None:
-            self._end = ConnectionBroken("given up before its whole body was read")
+            self._end = Failure(ConnectionBroken("given up before its whole body was read"))
         self._held.clear()
         self._stopped = True
         self._paused = False
@@ -252,24 +275,28 @@ class ResponseBody:
         if self._busy or self.reader is None:
             return
         self._busy = True
-        while self._held and not self._paused:
-            data = b"".join(self._held)
-            self._held.clear()
-            self._guard(self.reader.dataReceived, data)
-        self._busy = False
-        if self._end is not None and not self._paused and not self._told:
-            self._told = True
-            reader, self.reader = self.reader, None  # it knows us, we know it: a cycle for each request
-            self._guard(reader.connectionLost, Failure(self._end))
-
-    def _guard(self, call: Any, argument: object) -> None:
         try:
-            call(argument)
+            while self._held and not self._paused:
+                data = b"".join(self._held)
+                self._held.clear()
+                self.reader.dataReceived(data)
         except Exception:
-            _log.failure("a body's reader failed")
-            if not self._told:
-                self._end = ConnectionBroken("the body's reader failed")
-                self.stopProducing()
+            self._fail()
+        self._busy = False
+        if self._end is not None and not self._paused:
+            self._tell(self._end)
+
+    def _tell(self, end: Failure) -> None:
+        reader, self.reader = self.reader, None  # it knows us, we know it: a cycle for each request
+        try:
+            reader.connectionLost(end)
+        except Exception:
+            _log.failure("a body's reader failed at its end")
+
+    def _fail(self) -> None:
+        _log.failure("a body's reader failed")
+        self._end = Failure(ConnectionBroken("the body's reader failed"))
+        self.stopProducing()
 
 
 @implementer(IResponse)
@@ -296,9 +323,7 @@ class HTTP1Response:
     def headers(self) -> HeaderMap:
         """The fields by name; made when first asked for."""
         if self._headers is None:
-            self._headers = HeaderMap()
-            for name, value in self.raw_headers:
-                self._headers.addRawHeader(name, value)
+            self._headers = header_map(self.raw_headers)
         return self._headers
 
     def deliverBody(self, protocol: IProtocol) -> None:

@@ -4,6 +4,12 @@ What happened to every request, written down on this machine before anybody else
 A line of the kind `R` is a reservation, `S` a settled record, `D` the place up to which a ledger has
 confirmed everything, all as JSON; segments before that place are deleted.  A line that is torn is passed
 over.  What was written survives the death of the process; a power cut takes the last `sync_seconds`.
+
+A reservation is written when it is made, for the request may be upstream a moment later: a transport's
+bytes leave when the reactor polls, and nothing is sure to happen before that (a call in 0 seconds that is
+made by a timed call comes after the next poll).  A settlement waits for the next reservation or the end of
+the reactor's turn, whichever comes first, so that several are one write.  If the process dies before that,
+the request is still reserved.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from crabtwist.records import (
     encode,
     microseconds,
 )
-from crabtwist.segments import Place, Segments, frame, unframe
+from crabtwist.segments import CutShort, Place, Segments, frame, unframe, unframed
 
 MAX_BYTES = 256 * 2**20
 SEGMENT_BYTES = 8 * 2**20
@@ -87,20 +93,18 @@ class _Named(msgspec.Struct):
     id: str
 
 
-@attrs.frozen
-class _Open:
-    line: bytes
-    segment: int
+#: A reservation's line, and the segment that it is in.
+_Reserved = tuple[bytes, int]
 
 
 class Journal:
     """
     The journal of one node, in a folder of its own.
 
-    `clock` times the syncs, and `in_thread` runs them.  Beyond `max_bytes` what is there is kept and what
-    comes is dropped: `dropped_reservations` and `dropped_records` count that, and should alarm somebody.
-    A request whose reservation was written has room for its record.  `undelivered` counts the records that
-    no ledger has confirmed, `failed_syncs` the syncs that the disk refused.
+    `clock` times the writes and the syncs; `in_thread` runs the syncs.  Beyond `max_bytes` what is there is
+    kept and what comes is dropped: `dropped_reservations` and `dropped_records` count that, and should alarm
+    somebody.  A request whose reservation was written has room for its record.  `undelivered` counts the
+    records that no ledger has confirmed, `failed_syncs` the syncs that the disk refused.
 
     `open` first and `close` last; nothing else raises anything, for requests do not wait for the disk.
     """
@@ -126,11 +130,15 @@ class Journal:
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
         self._sync_seconds = sync_seconds
+        self._clock = clock
+        self._turn_ends = False
         self._syncing = LoopingCall(self._sync)
         self._syncing.clock = clock
         self._sync_lock = DeferredLock()
         self._segments: Segments | None = None
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _Reserved] = {}
+        # Whose settlements wait to be written, each with the reservation that it had.
+        self._waiting: list[tuple[str, _Reserved | None]] = []
         # Either all that is undelivered, each with the place after it, or nothing.
         self._fresh: deque[tuple[Record, Place]] = deque()
         self._place = Place(0, 0)
@@ -138,7 +146,7 @@ class Journal:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the disk."""
+        """What it takes on the disk, or will in a moment."""
         return 0 if self._segments is None else self._segments.size_bytes
 
     # Opening and closing.
@@ -154,6 +162,7 @@ class Journal:
             segments = self._segments = Segments(self._folder, self._segment_bytes)
             torn = self._read_old(segments)
             interrupted = self._settle_open(microseconds(segments.last_written_at))
+            self._flush()
         except BlockingIOError:
             raise ConfigurationError([f"{self._folder}: another process has this journal"]) from None
         except OSError as error:
@@ -175,7 +184,7 @@ class Journal:
             try:
                 kind, payload = unframe(line)
                 if kind == RESERVED:
-                    self._open[_NAMES.decode(payload).id] = _Open(line + b"\n", end.segment)
+                    self._open[_NAMES.decode(payload).id] = (line + b"\n", end.segment)
                 elif kind == SETTLED:
                     settled.append(end)
                     self._open.pop(_NAMES.decode(payload).id, None)
@@ -190,8 +199,8 @@ class Journal:
 
     def _settle_open(self, ended_at: int) -> int:
         left = list(self._open.items())
-        for name, each in left:
-            _, payload = unframe(each.line.removesuffix(b"\n"))
+        for name, (line, _) in left:
+            _, payload = unframe(line.removesuffix(b"\n"))
             try:
                 reservation = decode_reservation(payload)
             except ValueError:
@@ -203,6 +212,7 @@ class Journal:
         """Bring everything to the disk and let go of the folder; what comes later is dropped."""
         if self._syncing.running:
             self._syncing.stop()
+        self._flush()
         segments, self._segments = self._segments, None
         if segments is None:
             return succeed(None)
@@ -210,6 +220,7 @@ class Journal:
         return closing
 
     def _sync(self) -> Deferred[None] | None:
+        self._flush()
         if self._segments is None or not self._segments.needs_sync:
             return None
         syncing: Deferred[None] = self._sync_lock.run(self._in_thread, self._segments.sync)
@@ -226,7 +237,7 @@ class Journal:
         line = self._line(RESERVED, reservation)
         if line is not None and self._has_room(line) and self._write(line):
             assert self._segments is not None
-            self._open[reservation.id] = _Open(line, self._segments.last)
+            self._open[reservation.id] = (line, self._segments.last)
         else:
             self.dropped_reservations += 1
 
@@ -234,13 +245,25 @@ class Journal:
         """Note how a request ended; once, whether it was reserved or not."""
         line = self._line(SETTLED, record)
         reserved = record.id in self._open
-        if line is not None and (reserved or self._has_room(line)) and self._write(line):
+        if line is not None and (reserved or self._has_room(line)) and self._append(line):
             self._remember(record)
             self.undelivered += 1
-            self._open.pop(record.id, None)
+            self._waiting.append((record.id, self._open.pop(record.id, None)))
+            if not self._turn_ends:
+                self._turn_ends = True
+                self._clock.callLater(0, self._end_turn)
         else:
             # What was reserved stays so: the next start finds it.
             self.dropped_records += 1
+
+    def _drop(self, name: str, reserved: _Reserved | None) -> None:
+        """Take the newest settlement back, which was not written."""
+        if self._fresh:
+            self._fresh.pop()
+        self.undelivered -= 1
+        if reserved is not None:
+            self._open[name] = reserved
+        self.dropped_records += 1
 
     def _remember(self, record: Record) -> None:
         assert self._segments is not None, "it was just written to"
@@ -264,12 +287,36 @@ class Journal:
         return False
 
     def _write(self, line: bytes) -> bool:
+        return self._append(line) and self._flush()
+
+    def _append(self, line: bytes) -> bool:
         if self._segments is None:
             self._alarm("it is not open")
             return False
+        if self._segments.full:
+            self._flush()
+            try:
+                self._segments.begin_next()
+            except OSError as error:
+                self._alarm(str(error))
+                return False
+        self._segments.append(line)
+        return True
+
+    def _end_turn(self) -> None:
+        self._turn_ends = False
+        self._flush()
+
+    def _flush(self) -> bool:
+        """Write what waits, and drop the settlements that the disk does not take; say if it took all."""
+        if self._segments is None:
+            return False
+        waiting, self._waiting = self._waiting, []
         try:
-            self._segments.append(line)
-        except OSError as error:
+            self._segments.flush()
+        except CutShort as error:
+            for each in reversed(waiting[error.whole :]):
+                self._drop(*each)
             self._alarm(str(error))
             return False
         return True
@@ -287,6 +334,7 @@ class Journal:
 
     def read(self, most_records: int) -> Batch:
         """Return the oldest undelivered records; the same again until they are `delivered`."""
+        self._flush()
         records: list[Record] = []
         settled, place, unread = 0, self._place, BATCH_BYTES
         if self._segments is None:
@@ -295,7 +343,7 @@ class Journal:
             return self._fresh_batch(most_records, self._segments)
         for line, end in self._segments.lines(self._place):
             place = end
-            kind, payload = _whole(line)
+            kind, payload = unframed(line)
             if kind == SETTLED:
                 settled += 1
                 records += self._record(payload)
@@ -326,7 +374,7 @@ class Journal:
         self.undelivered -= batch.settled
         for _ in range(batch.settled if self._fresh else 0):
             self._fresh.popleft()
-        noted = not batch.settled or self._write(frame(DELIVERED, _encode_place(batch.end)))
+        noted = not batch.settled or self._write(frame(DELIVERED, msgspec.json.encode(batch.end)))
         if noted and self._carried_over():
             assert self._segments is not None
             self._segments.delete_before(self._place.segment)
@@ -336,26 +384,14 @@ class Journal:
 
     def _carried_over(self) -> bool:
         """Write open reservations of delivered segments again, so that these can be deleted."""
-        for name, each in list(self._open.items()):
-            if each.segment < self._place.segment:
-                if not self._write(each.line):
+        for name, (line, segment) in list(self._open.items()):
+            if segment < self._place.segment:
+                if not self._write(line):
                     return False
                 assert self._segments is not None
-                self._open[name] = _Open(each.line, self._segments.last)
+                self._open[name] = (line, self._segments.last)
         return self._segments is not None
 
 
 _NAMES = msgspec.json.Decoder(_Named)
 _PLACES = msgspec.json.Decoder(Place)
-
-
-def _whole(line: bytes) -> tuple[bytes, bytes]:
-    """Return kind and payload of a line, b"" for both if it is torn."""
-    try:
-        return unframe(line)
-    except ValueError:
-        return b"", b""
-
-
-def _encode_place(place: Place) -> bytes:
-    return msgspec.json.encode(place)

@@ -182,7 +182,7 @@ def check_distinct(keys: Mapping[str, KeySettings], complaints: list[str]) -> No
             complaints.append(f"{where}.key: is the same as that of {held[key.key]}; generate another")
 
 
-def credential(authorization: list[bytes], x_api_key: list[bytes]) -> bytes:
+def credential(authorization: Iterable[bytes], x_api_key: Iterable[bytes]) -> bytes:
     """
     Return the secret in a request's `Authorization` and `x-api-key` fields, given by their values.
 
@@ -191,14 +191,18 @@ def credential(authorization: list[bytes], x_api_key: list[bytes]) -> bytes:
     `x-api-key`.  Raises a 401 `Refusal` when there is no secret, when two differ, for another scheme
     alone, and for more than 1024 bytes.
     """
-    offered = {value.strip() for value in x_api_key} - {b""}
-    schemes = [(*value.split(None, 1), b"", b"")[:2] for value in authorization]
-    foreign = [scheme for scheme, _ in schemes if scheme.lower() not in (b"", b"bearer")]
-    if foreign and not offered:
-        raise _unauthorized(
-            "credential_scheme", "Authorization must be `Bearer KEY`; other schemes are not accepted"
-        )
-    offered |= {token.strip() for scheme, token in schemes if scheme.lower() == b"bearer"} - {b""}
+    offered = {value.strip() for value in x_api_key}
+    offered.discard(b"")
+    may_be_foreign = bool(offered)
+    for value in authorization:
+        scheme, token = (*value.split(None, 1), b"", b"")[:2]
+        if scheme.lower() == b"bearer":
+            offered.add(token.strip())
+        elif scheme and not may_be_foreign:
+            raise _unauthorized(
+                "credential_scheme", "Authorization must be `Bearer KEY`; other schemes are not accepted"
+            )
+    offered.discard(b"")
     if not offered:
         raise _unauthorized(
             "credential_missing", "no key: send `x-api-key: KEY` or `Authorization: Bearer KEY`"

@@ -12,7 +12,8 @@ the blocks of those that have not been heard yet.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -161,6 +162,10 @@ class Leases:
         """The keys of the boards that were there at the start and that no share has joined yet."""
         return list(self._found)
 
+    def forget_found(self, is_over: Callable[[bytes], bool]) -> None:
+        """Let go of such of the `found` boards as no share will join any more."""
+        self._found = {place: board for place, board in self._found.items() if not is_over(place)}
+
     @property
     def in_touch(self) -> bool:
         """Whether the store answered in time when it was last asked, and does not keep us waiting now."""
@@ -254,11 +259,32 @@ class Leases:
             self._hurry()
 
     async def _post(self, shares: list[Share], ttl_seconds: float | None) -> None:
-        places = [(share, self._places(share)) for share in shares]
-        notes = {place: note for share, mine in places for note in [share.note()] for place in mine}
+        told: list[tuple[Share, list[bytes]]] = []
+        notes: dict[bytes, bytes] = {}
+        for share in shares:
+            with self._blamed(share):
+                places = self._places(share)
+                notes.update(dict.fromkeys(places, share.note()))
+                told.append((share, places))
+        if not notes:
+            return
         boards: Boards = await self._storage.post(self._namespace, self._member, notes, ttl_seconds)
-        for share, mine in places:
-            share.hear(self._others_on([boards[place] for place in mine]))
+        for share, places in told:
+            others = self._others_on([boards[place] for place in places])
+            with self._blamed(share):
+                share.hear(others)
+
+    @contextmanager
+    def _blamed(self, share: Share) -> Iterator[None]:
+        """Log what a share fails with: it is no fault of the store's, and the other shares go on."""
+        try:
+            yield
+        except Exception:
+            self._log.failure(
+                "{namespace}: what nodes use of {key!r} cannot be told or heard",
+                namespace=self._namespace,
+                key=share.key,
+            )
 
     def _places(self, share: Share) -> list[bytes]:
         """

@@ -31,6 +31,10 @@ IDLE_SECONDS = 120.0
 #: What is used up, in words, and in how many seconds to ask again.
 _Fault = tuple[str, int]
 
+#: What is left of a limit (less than nothing where more was used), the limit, and when all that is used now
+#: will be forgotten, in whole seconds.
+Standing = tuple[int, int, int]
+
 
 class Meter:
     """What one scope has used: windows by kind, and requests that run."""
@@ -55,15 +59,17 @@ class Meter:
         """Return how many requests other nodes run."""
         return 0
 
-    def used(self, kind: str, now: float) -> int:
-        """Return what all have used."""
-        others = self.elsewhere.get(kind)
-        return self.windows[kind].at(now) + (0 if others is None else others.at(now))
-
-    def clear_at(self, kind: str, now: float) -> int:
-        """Return when all that is used now will be forgotten, in whole seconds."""
-        others, here = self.elsewhere.get(kind), self.windows[kind].clear_at(now)
-        return here if others is None else max(here, others.clear_at(now))
+    def standings(self, now: float) -> dict[str, Standing]:
+        """Return how each limit by the minute stands, for all nodes, by kind."""
+        standings = {}
+        for kind, limit in self.limits.items():
+            used, clear_at = self.windows[kind].used_until(now)
+            others = self.elsewhere.get(kind)
+            if others is not None:
+                used_there, clear_there = others.used_until(now)
+                used, clear_at = used + used_there, max(clear_at, clear_there)
+            standings[kind] = limit - used, limit, clear_at
+        return standings
 
     def wait_seconds(self, kind: str, now: float, room: int) -> int:
         """Return in how many whole seconds all have used no more than `room`."""
@@ -75,10 +81,11 @@ class Meter:
         if concurrent is not None and self.running + self.running_elsewhere() >= concurrent:
             return f"{self.whose} may use {concurrent} requests at once, and has", CONCURRENT_RETRY_SECONDS
         for kind, limit in self.limits.items():
+            others = self.elsewhere.get(kind)
+            used = self.windows[kind].at(now) + (0 if others is None else others.at(now))
             # Whoever wants more than all gets it when nothing else is used; else it could never be had.
-            room = max(0, limit - estimate[kind])
-            if self.used(kind, now) > room:
-                wait = self.wait_seconds(kind, now, room)
+            if used and used + estimate[kind] > limit:
+                wait = self.wait_seconds(kind, now, max(0, limit - estimate[kind]))
                 return f"{self.whose} may use {limit} {_WORDS[kind]} a minute, and has", wait
         return None
 
@@ -91,7 +98,8 @@ class Meter:
         """Make good what the estimate was wrong by."""
         self.running -= 1
         for kind, cell in cells.items():
-            self.correct(kind, cell, change[kind])
+            if change[kind]:
+                self.correct(kind, cell, change[kind])
 
     def correct(self, kind: str, cell: int, change: int) -> int:
         """Change what was put down; returns the change that was made."""

@@ -4,13 +4,24 @@ Prometheus metrics.
 Names and labels are those of crabllm, which this gateway re-implements, with `crabtwist_` for its
 prefix, so that dashboards move over.  Label values are bounded: a model that is not served is "other", and
 the provider is "none" where none was asked.
+
+Counting is plain addition: prometheus_client takes locks for threads that there are none of here, and looks
+its labels up slowly.  It reads the numbers when somebody asks for them, and writes them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from math import inf
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.utils import floatToGoString
 
 from crabtwist.money import DOLLAR
 from crabtwist.values import Context, Outcome
@@ -48,26 +59,115 @@ def status_class(status: int) -> str:
     return "4xx" if 400 <= status < 500 else "5xx"
 
 
+#: Whether to show since when each is counted: the environment may tell prometheus_client not to.
+_SINCE = len(next(iter(Counter("some", "Some.", registry=None).collect())).samples) > 1
+
+#: Values of labels, in the order of their names.
+_Values = tuple[str, ...]
+
+
+class _Count:
+    """A number that only grows; `since` is Unix time."""
+
+    __slots__ = ("since", "value")
+
+    def __init__(self) -> None:
+        self.value: float = 0
+        self.since = time.time()
+
+    def add_one(self) -> None:
+        self.value += 1
+
+    def samples(self) -> Iterable[tuple[str, dict[str, str], float]]:
+        """Yield suffix, more labels and value of what there is to show."""
+        yield "_total", {}, self.value
+
+
+class _Spread:
+    """How many values lie between which bounds, and their sum."""
+
+    __slots__ = ("bounds", "numbers", "since", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.numbers = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+        self.since = time.time()
+
+    def add(self, value: float) -> None:
+        self.numbers[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self) -> Iterable[tuple[str, dict[str, str], float]]:
+        """Yield suffix, more labels and value of what there is to show."""
+        for bound, number in zip((*self.bounds, inf), accumulate(self.numbers), strict=True):
+            yield "_bucket", {"le": floatToGoString(bound)}, number
+        yield "_count", {}, sum(self.numbers)
+        yield "_sum", {}, self.sum
+
+
+class _Family:
+    """All that is counted under one name, as prometheus_client asks for it."""
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        what: str,
+        labels: Sequence[str],
+        members: Mapping[_Values, _Count | _Spread],
+    ) -> None:
+        self._about = (f"crabtwist_{name}", what, kind)
+        self._labels = labels
+        self._members = members
+
+    def describe(self) -> Iterable[Metric]:
+        return [Metric(*self._about)]
+
+    def collect(self) -> Iterable[Metric]:
+        metric = Metric(*self._about)
+        for values, member in self._members.items():
+            labels = dict(zip(self._labels, values, strict=True))
+            for suffix, more, value in member.samples():
+                metric.add_sample(metric.name + suffix, {**labels, **more}, value)
+            if _SINCE:
+                metric.add_sample(f"{metric.name}_created", labels, member.since)
+        return [metric]
+
+
+class Level:
+    """A number that goes up and down."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self) -> None:
+        """Count one more."""
+        self.value += 1
+
+    def dec(self) -> None:
+        """Count one less."""
+        self.value -= 1
+
+
 class Metrics:
     """All that is counted, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.active = Gauge("crabtwist_active_connections", "Requests being answered.", registry=registry)
-        self.open_streams = Gauge("crabtwist_open_streams", "Streams being relayed.", registry=registry)
-        self._duration = Histogram(
-            "crabtwist_request_duration_seconds",
+        self.registry = CollectorRegistry()
+        self.active = self._level("active_connections", "Requests being answered.")
+        self.open_streams = self._level("open_streams", "Streams being relayed.")
+        self._duration = self._spread(
+            "request_duration_seconds",
             "Time from the request's arrival to the end of its answer.",
-            ["provider", "model", "status", "stream"],
-            registry=registry,
-            buckets=DURATION_BUCKETS,
+            *("provider", "model", "status", "stream"),
+            bounds=DURATION_BUCKETS,
         )
-        self._first_byte = Histogram(
-            "crabtwist_time_to_first_byte_seconds",
+        self._first_byte = self._spread(
+            "time_to_first_byte_seconds",
             "Time from the request's arrival to the first byte of its answer's body.",
-            ["provider", "model", "stream"],
-            registry=registry,
-            buckets=FIRST_BYTE_BUCKETS,
+            *("provider", "model", "stream"),
+            bounds=FIRST_BYTE_BUCKETS,
         )
         count = self._counter
         self._tokens = count("tokens", "Tokens: prompt or completion.", "provider", "model", "direction")
@@ -83,8 +183,24 @@ class Metrics:
         what = "Kept upstream connections that turned out to be dead; the request went out on a fresh one."
         self._stale = count("stale_connections", what, "provider")
 
-    def _counter(self, name: str, what: str, *labels: str) -> Counter:
-        return Counter(f"crabtwist_{name}", what, labels, registry=self.registry)
+    def _level(self, name: str, what: str) -> Level:
+        level = Level()
+        self.show(name, what, lambda: level.value)
+        return level
+
+    # Whoever asks these for labels that are not there yet makes them, at 0.
+
+    def _counter(self, name: str, what: str, *labels: str) -> defaultdict[_Values, _Count]:
+        members: defaultdict[_Values, _Count] = defaultdict(_Count)
+        self.registry.register(_Family("counter", name, what, labels, members))
+        return members
+
+    def _spread(
+        self, name: str, what: str, *labels: str, bounds: Sequence[float]
+    ) -> defaultdict[_Values, _Spread]:
+        members: defaultdict[_Values, _Spread] = defaultdict(partial(_Spread, bounds))
+        self.registry.register(_Family("histogram", name, what, labels, members))
+        return members
 
     def show(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Add a gauge `crabtwist_NAME` that `read` is asked for whenever somebody looks."""
@@ -96,35 +212,34 @@ class Metrics:
 
     def retried(self, provider: str, error: str) -> None:
         """Count an attempt repeated at the same deployment."""
-        self._retries.labels(provider, error).inc()
+        self._retries[provider, error].add_one()
 
     def fell_back(self, provider: str, error: str) -> None:
         """Count a move from `provider` to another deployment."""
-        self._fallbacks.labels(provider, error).inc()
+        self._fallbacks[provider, error].add_one()
 
     def refused(self, slug: str) -> None:
         """Count a refusal of the gateway's own."""
-        self._refusals.labels(slug).inc()
+        self._refusals[slug,].add_one()
 
     def stale_counter(self, provider: str) -> Callable[[], None]:
         """Return what counts a dead kept connection of `provider`."""
-        return self._stale.labels(provider).inc
+        return self._stale[provider,].add_one
 
     def settled(self, context: Context, outcome: Outcome, *, known_model: bool) -> None:
         """Count a request's end, exactly once for each."""
         provider = context.provider or "none"
         model = context.model if known_model else "other"
         stream = "true" if context.stream else "false"
-        self._ends.labels(outcome.ended_by, outcome.reason).inc()
-        self._duration.labels(provider, model, status_class(outcome.status), stream).observe(
-            outcome.duration_seconds
-        )
-        if outcome.cache_hit:
-            self._cache_hits.labels(model).inc()
-        if outcome.first_byte_seconds is not None:
-            self._first_byte.labels(provider, model, stream).observe(outcome.first_byte_seconds)
+        usage, first_byte = outcome.usage, outcome.first_byte_seconds
+        self._ends[outcome.ended_by, outcome.reason].value += 1
+        self._duration[provider, model, status_class(outcome.status), stream].add(outcome.duration_seconds)
+        if first_byte is not None:
+            self._first_byte[provider, model, stream].add(first_byte)
         if outcome.cost:
-            self._cost.labels(provider, model).inc(outcome.cost / DOLLAR)
-        if outcome.usage is not None and not outcome.cache_hit:
-            self._tokens.labels(provider, model, "prompt").inc(outcome.usage.prompt_tokens)
-            self._tokens.labels(provider, model, "completion").inc(outcome.usage.completion_tokens)
+            self._cost[provider, model].value += outcome.cost / DOLLAR
+        if outcome.cache_hit:
+            self._cache_hits[model,].value += 1
+        elif usage is not None:
+            self._tokens[provider, model, "prompt"].value += usage.prompt_tokens
+            self._tokens[provider, model, "completion"].value += usage.completion_tokens

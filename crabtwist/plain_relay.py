@@ -8,7 +8,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.iweb import IResponse
 
 from crabtwist.dialects.base import AnswerReader
-from crabtwist.relay import CLIENT_LEFT, End, Relay, RelayLimits
+from crabtwist.relay import CLIENT_LEFT, COMPLETE, End, Relay, RelayLimits
 
 #: Answers up to this size are held until they are whole, so that one which breaks can still be told as an
 #: error of its own.
@@ -59,9 +59,9 @@ class PlainRelay(Relay):
             return
         self._held.append(data)
         self._held_bytes += len(data)
-        if self._held_bytes > self._hold_bytes and not self.ready.called:
+        if self._held_bytes > self._hold_bytes and not self.is_ready:
             self._hold("relay")
-            self.ready.callback(None)
+            self._be_ready()
 
     def _remember(self, data: bytes) -> None:
         if self._copied is not None:
@@ -92,13 +92,17 @@ class PlainRelay(Relay):
         """How long the body is, if that is known: as announced, or because all of it is here."""
         if self.end is not None:
             return self._held_bytes
-        announced = self._body.length
-        return announced if isinstance(announced, int) else None
+        return self._announced_bytes if isinstance(self._announced_bytes, int) else None
 
     @property
     def held(self) -> bytes:
         """What came of the body before it flowed anywhere."""
         return b"".join(self._held)
+
+    @property
+    def whole(self) -> bytes | None:
+        """The body, if all of it is here and none of it has flowed anywhere; else None."""
+        return self.held if self.end is COMPLETE and self._sink is None else None
 
     def _pour_held(self) -> None:
         assert self._sink is not None

@@ -6,8 +6,9 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
+from operator import attrgetter, mul
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ import msgspec
 
 from crabtwist.dialects.anthropic import usage_from as anthropic_usage
 from crabtwist.money import DOLLAR, PriceRow, Rates
-from crabtwist.settings import not_negative, positive
+from crabtwist.settings import LONGEST_MODEL_NAME, not_negative, positive
 from crabtwist.values import Usage
 
 #: What a price per million tokens in dollars is in picodollars per token.
@@ -26,6 +27,21 @@ _DATE = re.compile(r"(?<=.)-(?:[0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2})\Z")
 
 #: Tools of vendors whose calls are counted and cost nothing of their own.
 FREE_TOOLS = frozenset({"web_fetch_requests"})
+
+#: The classes of tokens: what a receipt calls them, their number in a `Usage`, and their price in `Rates`.
+_CLASSES = (
+    ("input", "input_tokens", "input"),
+    ("cache read", "cache_read_tokens", "cache_read"),
+    ("cache write, 5 minutes", "cache_write_tokens", "cache_write"),
+    ("cache write, 1 hour", "cache_write_1h_tokens", "cache_write_1h"),
+    ("output", "output_tokens", "output"),
+    ("reasoning", "reasoning_tokens", "reasoning"),
+)
+_counts_of = attrgetter(*(count for _, count, _ in _CLASSES))
+_prices_of = attrgetter(*(price for _, _, price in _CLASSES))
+
+#: So many answers of `PriceBook.find` are remembered; upstreams may call their models anything.
+MOST_FOUND = 1000
 
 
 @attrs.frozen
@@ -84,9 +100,15 @@ class PriceBook:
         self._by_model: dict[str, list[PriceRow]] = {}
         for row in self._rows.values():
             self._by_model.setdefault(row.model, []).append(row)
+        self._found = lru_cache(MOST_FOUND)(self._find)
 
     def find(self, vendor: str, model: str, served: str = "") -> PriceRow | None:
         """Return the row for a vendor's model; `served` is its name here, for overrides."""
+        # A name that is longer is no real one, and not worth the memory.
+        find = self._found if len(model) <= LONGEST_MODEL_NAME else self._find
+        return find(vendor, model, served)
+
+    def _find(self, vendor: str, model: str, served: str) -> PriceRow | None:
         override = self._overrides.get(served) or self._overrides.get(model)
         if override is not None:
             return override
@@ -99,12 +121,18 @@ class PriceBook:
     def cost(self, usage: Usage, vendor: str, model: str, served: str) -> tuple[PriceRow | None, int | None]:
         """Return the row for a model and what a usage of it costs, None where a price is unknown."""
         row = self.find(vendor, model, served)
+        if row is not None and not usage.server_tool_calls and not _has_iterations(usage):
+            # The one line of the receipt that most requests' totals come from, without the receipt.
+            return row, sum(map(mul, _counts_of(usage), _prices_of(row.rates_for(usage.prompt_tokens))))
         priced = receipt(usage, row, self, vendor)
         return row, None if priced.unpriced else priced.total
 
     def named_in(self, usage: Usage, vendor: str) -> dict[str, PriceRow]:
         """Return the rows of the models that a usage's iterations name, as far as there are any."""
-        found = {model: self.find(vendor, model) for model, _ in _iterations(usage) if model}
+        iterations = _iterations(usage)
+        if not iterations:
+            return {}
+        found = {model: self.find(vendor, model) for model, _ in iterations if model}
         return {model: row for model, row in found.items() if row is not None}
 
     def _agreed(self, model: str) -> PriceRow | None:
@@ -157,16 +185,11 @@ def _tokens(usage: Usage, row: PriceRow | None, model: str) -> Receipt:
     if row is None:
         used = usage.prompt_tokens or usage.completion_tokens
         return Receipt((), (model or "model",) if used else ())
-    rates = row.rates_for(usage.prompt_tokens)
-    lines = (
-        Line(row.model, "input", usage.input_tokens, rates.input),
-        Line(row.model, "cache read", usage.cache_read_tokens, rates.cache_read),
-        Line(row.model, "cache write, 5 minutes", usage.cache_write_tokens, rates.cache_write),
-        Line(row.model, "cache write, 1 hour", usage.cache_write_1h_tokens, rates.cache_write_1h),
-        Line(row.model, "output", usage.output_tokens, rates.output),
-        Line(row.model, "reasoning", usage.reasoning_tokens, rates.reasoning),
+    counts, prices = _counts_of(usage), _prices_of(row.rates_for(usage.prompt_tokens))
+    counted = zip(_CLASSES, counts, prices, strict=True)
+    return Receipt(
+        tuple(Line(row.model, what, count, price) for (what, *_), count, price in counted if count)
     )
-    return Receipt(tuple(line for line in lines if line.count))
 
 
 def _tool_calls(usage: Usage, row: PriceRow | None) -> Receipt:
@@ -176,9 +199,14 @@ def _tool_calls(usage: Usage, row: PriceRow | None) -> Receipt:
     return Receipt(tuple(lines), tuple(sorted(calls.keys() - known.keys())))
 
 
+def _has_iterations(usage: Usage) -> bool:
+    # Or may have: it is the words that are looked for, wherever they stand.
+    return b'"iterations"' in usage.raw
+
+
 def _iterations(usage: Usage) -> list[tuple[str, Usage]]:
     """Return the iterations that a vendor's usage reports, each with its model ("" for the answer's own)."""
-    if b'"iterations"' not in usage.raw:
+    if not _has_iterations(usage):
         return []
     listed = msgspec.json.decode(usage.raw).get("iterations")
     if not isinstance(listed, list):

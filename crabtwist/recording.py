@@ -9,26 +9,43 @@ ends it but the last one's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.defer import fail as failed
-from twisted.internet.interfaces import IPushProducer
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
-from twisted.web.http_headers import Headers as HeaderMap
-from twisted.web.iweb import IResponse
-from zope.interface import implementer
 
 from crabtwist.errors import AnswerBroken, UpstreamError
-from crabtwist.values import Headers
+from crabtwist.recording_reader import Reader
+from crabtwist.values import Answer, Headers
 
 #: How an answer ends that is whole.
 _WHOLE = Failure(ResponseDone())
 
 #: What a reader is given at a time, so that it can say that it has enough.
 SLICE_BYTES = 64 * 1024
+
+
+class Keeper(Protocol):
+    """Whoever keeps a recording, so that it can be given again."""
+
+    def grown(self, more: int) -> None:
+        """Learn how many bytes came, or went if it is negative."""
+
+    def settled(self, *, whole: bool) -> None:
+        """Learn, once, that it has ended, and whether it is whole and complete: it may be given again."""
+
+
+class _Nobody:
+    def grown(self, more: int) -> None:
+        pass
+
+    def settled(self, *, whole: bool) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
 
 
 class Recording:
@@ -38,25 +55,26 @@ class Recording:
     Of an answer that grows beyond `max_bytes` only what some reader still wants is kept; `whole` is then
     False, nobody new may follow it, and the upstream waits for the slowest of its readers.  `led` says
     whether somebody asks for it, `deserted` whether everybody left before its end.  `status`, `headers`,
-    `length` (in bytes, None if nobody knows) and `streamed` are known when it has begun.
+    `length` (in bytes, None if nobody knows) and `streamed` are known when it has begun.  `answer` is one
+    that was taken whole, None for any other.
 
-    A cache makes it, observes it, and gives it to all who ask the same; it is followed, then led (for
+    A cache makes it, is its `keeper`, and gives it to all who ask the same; it is followed, then led (for
     whoever leads reads as well), then `begin`, the methods of a `crabtwist.relay.Sink`, and `settle` say
     what comes, or `fail` that nothing does.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, keeper: Keeper = _NOBODY) -> None:
         self.status = 0
         self.headers: Headers = ()
         self.length: int | None = None
         self.streamed = False
+        self.answer: Answer | None = None
         self.whole = True
         self.led = False
         self.deserted = False
         self._max_bytes = max_bytes
-        self._grown: Callable[[int], object] = lambda _: None
-        self._settled: Callable[[bool], object] = lambda _: None
-        self._on_deserted: Callable[[], object] = lambda: None
+        self._keeper = keeper
+        self._on_deserted: Callable[[], object] = _nothing
         self._begun = False
         self._ended: Failure | None = None
         self._error: Exception | None = None
@@ -64,20 +82,12 @@ class Recording:
         self._slices: list[bytes] = []
         self._dropped = 0
         self._size = 0
-        self._waiting: list[Deferred[Reader]] = []
+        self._waiting: list[Deferred[Reader | Answer]] = []
         self._readers: list[Reader] = []
         self._producer: Any = None
         self._paused = False
 
     # For a cache.
-
-    def observe(self, grown: Callable[[int], object], settled: Callable[[bool], object]) -> None:
-        """
-        Have `grown` called with how many bytes came or went, and `settled` once.
-
-        `settled` is told whether the answer is whole and complete, so that it may be given again.
-        """
-        self._grown, self._settled = grown, settled
 
     @property
     def open(self) -> bool:
@@ -107,12 +117,14 @@ class Recording:
         self.status, self.headers, self.length, self.streamed = status, headers, length, streamed
         self._begin()
 
-    def take(self, status: int, headers: Headers, body: bytes) -> None:
+    def take(self, answer: Answer) -> None:
         """Take a plain answer that is here and whole, in the place of all that a sink is told."""
-        self.status, self.headers, self.length = status, headers, len(body)
-        self.write(body)
-        self.finish()
-        self._begin()
+        self.answer = answer
+        self.status, self.headers, self.length = answer.status, answer.headers, len(answer.body)
+        self._ended = _WHOLE
+        self._size = len(answer.body)
+        self.whole = self._size <= self._max_bytes
+        self._keeper.grown(self._size)
 
     def _begin(self) -> None:
         self._begun = True
@@ -124,6 +136,13 @@ class Recording:
             else:
                 ready.callback(reader)
 
+    def _give(self, answer: Answer) -> None:
+        self._begun = True
+        waiting, self._waiting = self._waiting, []
+        for ready in waiting:
+            if not ready.called:
+                ready.callback(answer)
+
     def fail(self, error: Exception) -> None:
         """Tell everybody that there will be no answer, or no more of it."""
         self._error = error
@@ -132,13 +151,16 @@ class Recording:
             if not each.called:
                 each.errback(error)
         self._end(Failure(error))
-        self._settled(False)  # noqa: FBT003 - a callback of one argument
+        self._keeper.settled(whole=False)
 
     def settle(self, *, complete: bool) -> None:
-        """Say whether what was poured in was all of it; after its end."""
+        """Say whether what came was all of it; after its end.  What was taken whole is given on only now."""
         if self._ended is None:
             self._end(Failure(AnswerBroken("the request that this one shared its answer with broke off")))
-        self._settled(complete and self.whole and not self._broken)
+        self._on_deserted = _nothing
+        self._keeper.settled(whole=complete and self.whole and not self._broken)
+        if self.answer is not None:
+            self._give(self.answer)
 
     # A relay's sink.
 
@@ -148,7 +170,7 @@ class Recording:
         self._size += len(data)
         for reader in list(self._readers):
             reader.read()
-        self._grown(len(data))
+        self._keeper.grown(len(data))
         if self._size > self._max_bytes:
             self.whole = False
         self.look_again()
@@ -187,23 +209,25 @@ class Recording:
 
     # Following.
 
-    def follow(self) -> Deferred[Reader]:
+    def follow(self) -> Deferred[Reader | Answer]:
         """
-        Return a Deferred of the answer, from its beginning; its body has to be read.
+        Return a Deferred of the answer, from its beginning: one that came whole, or a body to be read.
 
         It fires when the head is known, and fails as the asking did if there will be none.  One that has
         begun must be `open`.
         """
         if self._error is not None:
             return failed(self._error)
+        if self.answer is not None and self._begun:
+            return succeed(self.answer)
         if self._begun:
             assert not self._dropped, "its beginning is gone"
             return succeed(self._reader())
-        ready: Deferred[Reader] = Deferred(self._stop_waiting)
+        ready: Deferred[Reader | Answer] = Deferred(self._stop_waiting)
         self._waiting.append(ready)
         return ready
 
-    def _stop_waiting(self, ready: Deferred[Reader]) -> None:
+    def _stop_waiting(self, ready: Deferred[Reader | Answer]) -> None:
         if ready in self._waiting:
             self._waiting.remove(ready)
             self._one_less()
@@ -218,6 +242,8 @@ class Recording:
     @property
     def body(self) -> bytes | None:
         """The whole body, None while it is not, and for one whose beginning is gone."""
+        if self.answer is not None:
+            return self.answer.body
         whole = self._ended is not None and not self._broken and not self._dropped
         return b"".join(self._slices) if whole else None
 
@@ -265,7 +291,7 @@ class Recording:
             del self._slices[:read]
             self._dropped += read
             self._size -= gone
-            self._grown(-gone)
+            self._keeper.grown(-gone)
 
     def _join_slices(self) -> None:
         """Once everybody has gone, keep as few pieces as there may be: a stream comes in thousands."""
@@ -287,83 +313,5 @@ class Recording:
             self._producer.resumeProducing()
 
 
-@implementer(IResponse, IPushProducer)
-class Reader:
-    """
-    One who follows: a response whose body is the recording's, and the transport that it comes by.
-
-    Whoever has one reads its body, or says `stopProducing`: others may wait for it.
-    """
-
-    version = (b"HTTP", 1, 1)
-    phrase = b""
-    request = None
-    previousResponse = None
-
-    def __init__(self, recording: Recording) -> None:
-        self.code, self.raw_headers = recording.status, recording.headers
-        # Of a response of length 0 nobody would read the body, and so its end.
-        self.length: Any = recording.length or None
-        self.position = 0
-        self.paused = False
-        self._recording = recording
-        self._protocol: Any = None
-        self._reading = False
-
-    @cached_property
-    def headers(self) -> HeaderMap:
-        """The fields, for who does not read `raw_headers`."""
-        headers = HeaderMap()
-        for name, value in self.raw_headers:
-            headers.addRawHeader(name, value)
-        return headers
-
-    def setPreviousResponse(self, response: IResponse) -> None:
-        """There never is one."""
-
-    def deliverBody(self, protocol: Any) -> None:
-        """Give it to `protocol`, from its beginning."""
-        self._protocol = protocol
-        protocol.makeConnection(self)
-        self.read()
-        self._recording.look_again()
-
-    def read(self) -> None:
-        """Give on what there is, as long as it is wanted."""
-        if self._reading:
-            return
-        self._reading = True
-        try:
-            while self._protocol is not None and not self.paused:
-                data = self._recording.at(self.position)
-                if data is None:
-                    self._read_end()
-                    break
-                self.position += 1
-                self._protocol.dataReceived(data)
-        finally:
-            self._reading = False
-
-    def _read_end(self) -> None:
-        if self._recording.ended is not None:
-            protocol, self._protocol = self._protocol, None
-            self._recording.drop(self)
-            protocol.connectionLost(self._recording.ended)
-
-    def pauseProducing(self) -> None:
-        """Give no more for now."""
-        self.paused = True
-        self._recording.look_again()
-
-    def resumeProducing(self) -> None:
-        """Go on."""
-        self.paused = False
-        self.read()
-        self._recording.look_again()
-
-    def stopProducing(self) -> None:
-        """Leave; harmless afterwards."""
-        self._protocol = None
-        self._recording.drop(self)
-
-    loseConnection = abortConnection = stopProducing
+def _nothing() -> None:
+    """Stand for nobody who has to be told."""

@@ -9,6 +9,7 @@ know are passed over, and missing ones have their defaults.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
 from itertools import islice
@@ -200,27 +201,30 @@ class Total:
 
 def record_of(context: Context, outcome: Outcome) -> Record:
     """Return the record of a request that has ended."""
-    first_byte = outcome.first_byte_seconds
+    usage, started_at, first_byte = outcome.usage, context.started_at, outcome.first_byte_seconds
     return Record(
         id=context.request_id,
-        accepted_at=microseconds(context.started_at),
-        first_byte_at=None if first_byte is None else microseconds(context.started_at + first_byte),
-        ended_at=microseconds(context.started_at + outcome.duration_seconds),
-        **_who_and_what(context),
+        accepted_at=round(started_at * MICROSECONDS),
+        first_byte_at=None if first_byte is None else round((started_at + first_byte) * MICROSECONDS),
+        ended_at=round((started_at + outcome.duration_seconds) * MICROSECONDS),
+        principal=context.principal,
+        operation=context.operation,
+        dialect=context.dialect,
+        model_asked=_kept(context.model_asked),
+        model=_kept(context.model),
         model_answered=None if outcome.model_answered is None else _kept(outcome.model_answered),
-        attempts=tuple(_attempt(attempt) for attempt in outcome.attempts),
+        provider=context.provider,
+        upstream_model=context.upstream_model,
+        attempts=tuple(map(_attempt, outcome.attempts)),
         status=outcome.status,
         ended_by=outcome.ended_by,
         reason=outcome.reason,
         message=None if outcome.message is None else _kept(outcome.message),
-        usage=None if outcome.usage is None else _tokens(outcome.usage),
+        stream=context.stream,
+        usage=None if usage is None else _tokens(usage),
         cost=outcome.cost,
         price_row=None if outcome.price is None else _row(outcome.price),
-        other_price_rows={
-            model: _row(price)
-            for model, price in islice(outcome.other_prices.items(), MOST_OTHER_MODELS)
-            if len(model) <= LONGEST_TEXT
-        },
+        other_price_rows=_rows(outcome.other_prices) if outcome.other_prices else {},
         cache_hit=outcome.cache_hit,
         bytes_in=outcome.bytes_in,
         bytes_out=outcome.bytes_out,
@@ -238,8 +242,15 @@ def reservation_of(
     """Return what is to be noted of a request before its current attempt."""
     return Reservation(
         id=context.request_id,
-        accepted_at=microseconds(context.started_at),
-        **_who_and_what(context),
+        accepted_at=round(context.started_at * MICROSECONDS),
+        principal=context.principal,
+        operation=context.operation,
+        dialect=context.dialect,
+        model_asked=_kept(context.model_asked),
+        model=_kept(context.model),
+        provider=context.provider,
+        upstream_model=context.upstream_model,
+        stream=context.stream,
         prompt_tokens=prompt_tokens,
         max_completion_tokens=max_completion_tokens,
         estimated_cost=estimated_cost,
@@ -271,23 +282,15 @@ _RECORDS = msgspec.json.Decoder(Record)
 _RESERVATIONS = msgspec.json.Decoder(Reservation)
 
 
-def _who_and_what(context: Context) -> dict[str, Any]:
-    return {
-        "principal": context.principal,
-        "operation": context.operation,
-        "dialect": context.dialect,
-        "model_asked": _kept(context.model_asked),
-        "model": _kept(context.model),
-        "provider": context.provider,
-        "upstream_model": context.upstream_model,
-        "stream": context.stream,
-    }
-
-
 @lru_cache(1024)
 def _row(price: PriceRow) -> dict[str, Any]:
     # The same few rows, again and again.
     return attrs.asdict(price)
+
+
+def _rows(prices: Mapping[str, PriceRow]) -> dict[str, dict[str, Any]]:
+    several = islice(prices.items(), MOST_OTHER_MODELS)
+    return {model: _row(price) for model, price in several if len(model) <= LONGEST_TEXT}
 
 
 def _attempt(attempt: AttemptMade) -> Attempt:
@@ -302,7 +305,7 @@ def _attempt(attempt: AttemptMade) -> Attempt:
 
 
 def _tokens(usage: Usage) -> Tokens:
-    calls = islice(usage.server_tool_calls.items(), MOST_TOOLS)
+    calls = usage.server_tool_calls
     return Tokens(
         input_tokens=usage.input_tokens,
         cache_read_tokens=usage.cache_read_tokens,
@@ -310,13 +313,19 @@ def _tokens(usage: Usage) -> Tokens:
         cache_write_1h_tokens=usage.cache_write_1h_tokens,
         output_tokens=usage.output_tokens,
         reasoning_tokens=usage.reasoning_tokens,
-        server_tool_calls={_kept(name): number for name, number in calls},
+        server_tool_calls=_calls(calls) if calls else {},
         raw=usage.raw.decode("utf-8", "replace") if len(usage.raw) <= LONGEST_RAW_USAGE else "",
         complete=usage.complete,
     )
 
 
+def _calls(calls: Mapping[str, int]) -> dict[str, int]:
+    return {_kept(name): number for name, number in islice(calls.items(), MOST_TOOLS)}
+
+
 def _kept(text: str) -> str:
+    if text.isascii() and len(text) <= LONGEST_TEXT and "\0" not in text:
+        return text
     # Half a surrogate pair is no UTF-8, and PostgreSQL takes no NUL: a record must fit every store.
     whole = text[:LONGEST_TEXT].encode("utf-8", "replace").decode()
     return whole.replace("\0", "\N{REPLACEMENT CHARACTER}")

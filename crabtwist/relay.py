@@ -86,7 +86,7 @@ class _Body:
 
     def __init__(self, response: IResponse) -> None:
         self._response = response
-        self.length = response.length
+        self.length = response.length  # treq asks
         self.listener: Any = None
 
     def deliverBody(self, protocol: Any) -> None:
@@ -99,23 +99,50 @@ class Relay:
     """
     One answer's body.
 
-    Life: `open` begins to listen, and holds what comes; `ready` fires when enough has come to decide
-    what to do with the answer (with None), or the answer ended before (then `end` is set); `flow` pours
-    into a sink; `done` fires once, with the `End`.  `stop` may be called at any time.
+    Life: `open` begins to listen, and holds what comes; it `is_ready` when enough has come to decide what
+    to do with the answer, or the answer ended before (then `end` is set); `flow` pours into a sink; `end`
+    says how it ended.  `stop` may be called at any time.
     """
 
     def __init__(self, response: IResponse, clock: IReactorTime, limits: RelayLimits) -> None:
-        self.ready: Deferred[None] = Deferred()
-        self.done: Deferred[End] = Deferred()
         self.end: End | None = None
+        self.is_ready = False
         self._clock = clock
         self._limits = limits
-        self._body = _Body(response)
+        self._announced_bytes = response.length
+        self._body: _Body | None = _Body(response)
         self._sink: Sink | None = None
         self._timer: IDelayedCall | None = None
         self._paused_by: set[Literal["client", "relay"]] = set()
         self._heard_at = clock.seconds()
         self._upstream_open = True
+        # Most plain answers are here at once, and nobody waits for them.
+        self._ready: Deferred[None] | None = None
+        self._done: Deferred[End] | None = None
+
+    @property
+    def ready(self) -> Deferred[None]:
+        """Fires when it `is_ready`."""
+        if self._ready is None:
+            self._ready = Deferred()
+            if self.is_ready:
+                self._ready.callback(None)
+        return self._ready
+
+    @property
+    def done(self) -> Deferred[End]:
+        """Fires with the `end`."""
+        if self._done is None:
+            self._done = Deferred()
+            if self.end is not None:
+                self._done.callback(self.end)
+        return self._done
+
+    def _be_ready(self) -> None:
+        if not self.is_ready:
+            self.is_ready = True
+            if self._ready is not None:
+                self._ready.callback(None)
 
     def open(self) -> None:
         """Begin to listen."""
@@ -178,9 +205,11 @@ class Relay:
         if self._sink is not None:
             self._finish(end)
         self._hang_up()
-        if not self.ready.called:
-            self.ready.callback(None)
-        self.done.callback(end)
+        # The two refer to each other, and would be there until Python looks for such garbage.
+        self._body = None
+        self._be_ready()
+        if self._done is not None:
+            self._done.callback(end)
 
     def _hang_up(self) -> None:
         if self._upstream_open:
@@ -207,6 +236,7 @@ class Relay:
 
     @property
     def _transport(self) -> Any:
+        assert self._body is not None, "nothing is asked of an upstream that has ended"
         return self._body.listener.transport
 
     def _hold(self, who: Literal["client", "relay"]) -> None:

@@ -102,6 +102,8 @@ def order(candidates: Sequence[Deployment], random: Random, health: Health, now:
     Those that are well first: one drawn by weight, then the others by falling weight (equal ones as
     they came).  Those that are cooling down last, the soonest recovered first.
     """
+    if len(candidates) == 1:
+        return [*candidates]
     cooling = {each: health.cool_until(each.name, now) for each in candidates}
     well = [each for each in candidates if not cooling[each]]
     first = _draw(well, random)

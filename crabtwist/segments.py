@@ -1,8 +1,8 @@
 """
 The journal's files: a folder of numbered segments that are only ever appended to.
 
-One line is one write, made at once: it survives the death of the process, for the system has it then.
-The disk has it after the next sync.  Lines are
+Lines are collected, and written with one write: they survive the death of the process then, for the system
+has them.  The disk has them after the next sync.  Lines are
 
     CRC LENGTH KIND PAYLOAD
 
@@ -15,18 +15,19 @@ import fcntl
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
-import attrs
+import msgspec
 
 CHUNK_BYTES = 2**18
 
 #: Where in a line its kind is.
 KIND = slice(18, 19)
+LINE_END = ord("\n")
 
 
-@attrs.frozen(order=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, order=True):
     """A place in the journal: a segment's number and an offset in bytes."""
 
     segment: int
@@ -47,13 +48,30 @@ def unframe(line: bytes) -> tuple[bytes, bytes]:
     return framed[:1], framed[2:]
 
 
+def unframed(line: bytes) -> tuple[bytes, bytes]:
+    """Return kind and payload of a line without its end, b"" for both if it is torn."""
+    try:
+        return unframe(line)
+    except ValueError:
+        return b"", b""
+
+
+class CutShort(OSError):
+    """Of several lines only the first `whole` were written whole; those after them are lost."""
+
+    def __init__(self, whole: int, why: str) -> None:
+        super().__init__(why)
+        self.whole = whole
+
+
 class Segments:
     """
     The files: appended to at the end, read from any place, deleted from the beginning.
 
     Makes the folder if there is none, and begins a new segment: what a dead process wrote is never
-    appended to.  Everything raises OSError, making one also BlockingIOError when another process has the
-    folder.
+    appended to.  Sizes and places count lines from `append` on, though nobody reads them before `flush`.
+    `full` says that it is time to `begin_next`.  Everything but `append` raises OSError, making one also
+    BlockingIOError when another process has the folder.
     """
 
     def __init__(self, folder: Path, segment_bytes: int) -> None:
@@ -72,7 +90,8 @@ class Segments:
         self._replaced: list[int] = []
         self._doomed: list[int] = []
         self._dirty = False
-        self._mend = b""
+        self._waiting: list[bytes] = []
+        self._torn = False
         self._begin(found[-1] + 1 if found else 1)
 
     def _path(self, number: int) -> Path:
@@ -84,6 +103,7 @@ class Segments:
         self._sizes[number] = 0
         self.size_bytes = sum(self._sizes.values())
         self.last = number
+        self.full = False
 
     @property
     def first(self) -> int:
@@ -100,21 +120,45 @@ class Segments:
         """When the newest of the old segments was last written to, in Unix time; 0.0 if there is none."""
         return max((self._path(n).stat().st_mtime for n in self._sizes if n != self.last), default=0.0)
 
+    def begin_next(self) -> None:
+        """Go on in a new file; everything has been flushed."""
+        full = self._file
+        self._begin(self.last + 1)
+        self._replaced.append(full)
+        self._torn = False
+
     def append(self, line: bytes) -> None:
-        """Write one line.  Raises OSError if it could not be written whole."""
-        if self._sizes[self.last] >= self._segment_bytes:
-            full = self._file
-            self._begin(self.last + 1)
-            self._replaced.append(full)
-        written = os.write(self._file, self._mend + line)
-        self._sizes[self.last] += written
-        self.size_bytes += written
-        self._dirty = True
-        whole = written == len(self._mend) + len(line)
-        # The rest of a line that was torn must not become the beginning of the next.
-        self._mend = b"" if whole else b"\n"
-        if not whole:
-            raise OSError(f"only {written} of {len(line)} bytes were written")
+        """Add a line, for `flush` to write."""
+        if self._torn and not self._waiting:
+            # What there is of a line that was torn must not become the beginning of the next, nor whole,
+            # where nothing but its end was missing: it counts as lost.
+            line = b"!\n" + line
+        self._waiting.append(line)
+        self._grow(len(line))
+
+    def _grow(self, size: int) -> None:
+        self._sizes[self.last] = grown = self._sizes[self.last] + size
+        self.size_bytes += size
+        self.full = grown >= self._segment_bytes
+
+    def flush(self) -> None:
+        """Write what was appended.  Raises `CutShort` if it could not be written whole."""
+        if not self._waiting:
+            return
+        lines, self._waiting = self._waiting, []
+        data = b"".join(lines)
+        written, why = 0, ""
+        try:
+            written = os.write(self._file, data)
+        except OSError as error:
+            why = str(error)
+        if written:
+            self._dirty = True
+            self._torn = data[written - 1] != LINE_END
+        if written < len(data):
+            self._grow(written - len(data))
+            whole = sum(end <= written for end in accumulate(map(len, lines)))
+            raise CutShort(whole, why or f"only {written} of {len(data)} bytes were written")
 
     def lines(self, start: Place) -> Iterator[tuple[bytes, Place]]:
         """
@@ -158,7 +202,7 @@ class Segments:
         os.fsync(self._folder_file)
 
     def close(self) -> None:
-        """Sync and close."""
+        """Sync what was flushed, and close."""
         try:
             self.sync()
         finally:

@@ -23,7 +23,7 @@ from crabtwist.relay import CLIENT_LEFT, COMPLETE, End, Relay, RelayLimits
 from crabtwist.routing import Deployment
 from crabtwist.stream_relay import StreamRelay
 from crabtwist.surroundings import Surroundings
-from crabtwist.values import Context
+from crabtwist.values import Answer, Context
 
 _log = Logger()
 
@@ -81,15 +81,17 @@ class Lead:
                 _log.failure("an answer that is shared failed")
             recording.fail(error)
         else:
+            # Whoever is told the answer by this has nothing more to wait for.
+            self._running = None
             recording.settle(complete=end is COMPLETE and reply.status == 200)
 
     async def _pour(self, reply: Reply) -> End:
         """Pour an answer into the recording; returns how it ended."""
         relay, recording = reply.relay, self.recording
-        headers = (*reply.headers, (FIDELITY, self._dispatch.fidelity))
-        if isinstance(relay, PlainRelay) and relay.end is COMPLETE:
-            recording.take(reply.status, headers, relay.held)
-            return relay.end
+        headers, body = (*reply.headers, (FIDELITY, self._dispatch.fidelity)), reply.whole
+        if body is not None:
+            recording.take(Answer(reply.status, headers, body))
+            return COMPLETE
         recording.begin(reply.status, headers, reply.length, streamed=reply.streamed)
         relay.flow(recording)
         try:

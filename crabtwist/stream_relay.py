@@ -67,7 +67,7 @@ class StreamRelay(EventStream, Relay):
             if self._withheld:
                 region = self._without_withheld(region)
         self._pour(region)
-        if self._reader.began and not self.ready.called:
+        if self._reader.began and not self.is_ready:
             self._decided()
         if self._sink is not None:
             self._expect_end()
@@ -82,7 +82,7 @@ class StreamRelay(EventStream, Relay):
     def partReceived(self, part: bytes) -> None:
         """Relay a piece of an event that is too large to wait for."""
         self._pour(part)
-        if not self.ready.called:
+        if not self.is_ready:
             self._decided()
 
     def _without_withheld(self, region: bytes) -> bytes:
@@ -111,7 +111,7 @@ class StreamRelay(EventStream, Relay):
         if self._sink is None:
             # What follows the first event can wait until the gateway knows what to do with it.
             self._hold("relay")
-        self.ready.callback(None)
+        self._be_ready()
 
     # The end.
 

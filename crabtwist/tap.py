@@ -15,12 +15,16 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python import usage
 
-from crabtwist.config import NO_LEDGER, Config, load
-from crabtwist.discovery import discover
-from crabtwist.errors import ConfigurationError
-from crabtwist.first_start import welcome, write_first_config
-from crabtwist.listener import parse_listen
-from crabtwist.node import Node
+from crabtwist import heap
+
+# The whole gateway is loaded here: a tenth of a start would go by in looking for garbage among it.
+with heap.growing():
+    from crabtwist.config import NO_LEDGER, Config, load
+    from crabtwist.discovery import discover
+    from crabtwist.errors import ConfigurationError
+    from crabtwist.first_start import welcome, write_first_config
+    from crabtwist.listener import parse_listen
+    from crabtwist.node import Node
 
 DEFAULT_PATH = "crabtwist.toml"
 

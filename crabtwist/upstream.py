@@ -19,6 +19,7 @@ from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import Deferred, DeferredList, fail
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.python.failure import Failure
 from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
@@ -26,6 +27,7 @@ from zope.interface import implementer
 
 from crabtwist.connection_pool import DEFAULT_PORTS, ConnectionLimits, ConnectionPool, Origin
 from crabtwist.errors import ConfigurationError, ConnectionBroken, NoConnectionFree
+from crabtwist.http_client import HTTP1ClientProtocol
 from crabtwist.http_request import HTTP1Request, render_head
 
 __all__ = ["ConnectionLimits", "UpstreamAgent", "parse_uri"]
@@ -136,30 +138,54 @@ class UpstreamAgent:
         """
         try:
             origin, target = parse_uri(uri)
-            head = render_head(method, target, origin.host_field(), headers, bodyProducer)
+            pool = self._pools.get(origin) or self._pool(origin)
+            head = render_head(method, target, pool.host_field, headers, bodyProducer)
         except ValueError as why:
             return fail(why)
-        request = HTTP1Request(method, uri, headers or HeaderMap(), head, bodyProducer)
-        return Deferred.fromCoroutine(self._send(origin, request))
-
-    async def _send(self, origin: Origin, request: HTTP1Request) -> IResponse:
         if self._closed:
-            raise NoConnectionFree("the gateway is stopping")
-        pool = self._pool(origin)
-        kept = await pool.lease()
-        if kept is not None:
-            sent_at = self._reactor.seconds()
-            try:
-                return await kept.request(request)
-            except ConnectionBroken:
-                # What was dead shows at once; what took longer may have been at work, and be billed.
-                late = self._reactor.seconds() - sent_at > STALE_SECONDS
-                if late or kept.answered or request.whole_body is None or not pool.inherit(kept):
-                    raise
-                # Closed while it was kept, most likely; only a new connection can tell.
-                self._count_stale_retry()
+            return fail(NoConnectionFree("the gateway is stopping"))
+        if headers is None:
+            headers = HeaderMap()
+        request = HTTP1Request(method, uri, headers, head, bodyProducer)
+        kept = pool.kept()
+        if kept is None:
+            return Deferred.fromCoroutine(self._send(pool, request))
+        return self._send_over(kept, pool, request)
+
+    async def _send(self, pool: ConnectionPool, request: HTTP1Request) -> IResponse:
+        freed = await pool.lease()
+        if freed is not None:
+            return await self._send_over(freed, pool, request)
+        return await self._send_over_new(pool, request)
+
+    async def _send_over_new(self, pool: ConnectionPool, request: HTTP1Request) -> IResponse:
         connection = await pool.open()
         return await connection.request(request)
+
+    def _send_over(
+        self, kept: HTTP1ClientProtocol, pool: ConnectionPool, request: HTTP1Request
+    ) -> Deferred[IResponse]:
+        head: Deferred[Any] = kept.request(request)
+        head.addErrback(self._not_answered, kept, pool, request, self._reactor.seconds())
+        return head
+
+    def _not_answered(
+        self,
+        reason: Failure,
+        kept: HTTP1ClientProtocol,
+        pool: ConnectionPool,
+        request: HTTP1Request,
+        sent_at: float,
+    ) -> Any:
+        # What was dead shows at once; what took longer may have been at work, and be billed.
+        late = self._reactor.seconds() - sent_at > STALE_SECONDS
+        if late or kept.answered or request.whole_body is None:
+            return reason
+        if not isinstance(reason.value, ConnectionBroken) or not pool.inherit(kept):
+            return reason
+        # Closed while it was kept, most likely; only a new connection can tell.
+        self._count_stale_retry()
+        return Deferred.fromCoroutine(self._send_over_new(pool, request))
 
     def _count_stale_retry(self) -> None:
         self.stale_retries += 1
@@ -177,10 +203,8 @@ class UpstreamAgent:
         return DeferredList(closing).addCallback(lambda _: None)
 
     def _pool(self, origin: Origin) -> ConnectionPool:
-        pool = self._pools.get(origin)
-        if pool is None:
-            pool = ConnectionPool(self._reactor, origin, self._limits, self._endpoint(origin))
-            self._pools[origin] = pool
+        pool = ConnectionPool(self._reactor, origin, self._limits, self._endpoint(origin))
+        self._pools[origin] = pool
         return pool
 
     def _endpoint(self, origin: Origin) -> IStreamClientEndpoint:

@@ -27,7 +27,7 @@ class SlidingMinute:
     `cells` are seconds and amounts, in any order, to begin with.
     """
 
-    __slots__ = ("cells", "used")
+    __slots__ = ("_looked_at", "cells", "used")
 
     def __init__(self, cells: Iterable[tuple[int, int]] = ()) -> None:
         amounts: dict[int, int] = {}
@@ -35,9 +35,17 @@ class SlidingMinute:
             amounts[second] = amounts.get(second, 0) + amount
         self.used = sum(amounts.values())
         self.cells: deque[list[int]] = deque([second, amounts[second]] for second in sorted(amounts))
+        self._looked_at: float | None = None
 
     def at(self, now: float) -> int:
         """Forget what is old; return what is used."""
+        # One request asks many times at the same moment.
+        if now != self._looked_at:
+            self._looked_at = now
+            self._forget(now)
+        return self.used
+
+    def _forget(self, now: float) -> None:
         cells = self.cells
         if cells and cells[-1][0] > now + COARSE_SECONDS:
             # The clock was put back: what lies ahead would be remembered until then.
@@ -45,18 +53,20 @@ class SlidingMinute:
                 cell[0] = min(cell[0], int(now))
         while cells and cells[0][0] <= now - MINUTE_SECONDS - 1:
             self.used -= cells.popleft()[1]
-        return self.used
 
     def add(self, now: float, amount: int) -> int:
         """Use an amount; returns the cell that it is in, for `correct`."""
-        self.at(now)
-        second = int(now)
-        if self.cells and self.cells[-1][0] >= second:
-            self.cells[-1][1] += amount
-        else:
-            self.cells.append([second, amount])
+        if now != self._looked_at:
+            self.at(now)
         self.used += amount
-        return self.cells[-1][0]
+        second = int(now)
+        if self.cells:
+            latest = self.cells[-1]
+            if latest[0] >= second:
+                latest[1] += amount
+                return latest[0]
+        self.cells.append([second, amount])
+        return second
 
     def correct(self, cell: int, change: int) -> int:
         """Change an amount that was used before; of what is forgotten, nothing.  Returns the change made."""
@@ -78,9 +88,12 @@ class SlidingMinute:
                 amounts[last] = amounts.get(last, 0) + amount
         return list(amounts.items())
 
-    def clear_at(self, now: float) -> int:
-        """Return when all that is used now will be forgotten, in whole seconds; `now` if nothing is."""
-        return self.cells[-1][0] + MINUTE_SECONDS + 1 if self.at(now) else ceil(now)
+    def used_until(self, now: float) -> tuple[int, int]:
+        """Return what is used, and when all of it will be forgotten, in whole seconds; `now` for nothing."""
+        if now != self._looked_at:
+            self.at(now)
+        used = self.used
+        return used, self.cells[-1][0] + MINUTE_SECONDS + 1 if used else ceil(now)
 
     def wait_seconds(self, now: float, room: int, others: SlidingMinute | None = None) -> int:
         """Return in how many whole seconds no more than `room` is used, here and there; 0 for now."""

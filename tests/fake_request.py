@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -42,12 +43,20 @@ class FakeRequest:
         self._notifications.append(Deferred())
         return self._notifications[-1]
 
+    def when_left(self, leave: Callable[[], object]) -> None:
+        """As the gateway's own request has it."""
+        self.notifyFinish().addErrback(lambda _: leave() and None)
+
     def say_head(self, status: int, fields: Headers, length: int | None) -> None:
         """As the gateway's own request has it."""
         assert not self.head_sent, "a second head"
         written(fields)
         framing = () if length is None else ((b"content-length", b"%d" % length),)
         self.code, self.head, self.head_sent = status, (*fields, *framing), True
+
+    def flush(self) -> None:
+        """As the gateway's own request has it."""
+        assert self.head_sent, "nothing to flush"
 
     def write(self, data: bytes) -> None:
         """As Twisted's."""

@@ -23,7 +23,8 @@ WORDS = ("money", "settings", "periods", "terms", "values", "errors", "interface
 GRAMMAR = (
     *("sse", "extension", "body", "headers"),
     *("dialects.base", "dialects.anthropic", "dialects.openai", "dialects.operations"),
-    *("pricing", "receipts", "windows", "leases", "meters", "recording"),
+    *("pricing", "receipts", "windows", "leases", "meters"),
+    *("recording_reader", "recording"),
     *("accounts", "charges"),
 )
 POLICY = (
@@ -42,7 +43,16 @@ POLICY = (
 CLIENT_WIRES = ("http_response", "http_request", "http_client", "connection_pool", "upstream")
 SERVER_WIRES = ("http_reader", "gateway_request", "channel", "listener")
 NOTES = ("segments", "journal", "delivery", "retention")
-WIRES = (*NOTES, *CLIENT_WIRES, "relay", "plain_relay", "stream_relay", "downstream", *SERVER_WIRES)
+WIRES = (
+    *NOTES,
+    "direct_writes",
+    *CLIENT_WIRES,
+    "relay",
+    "plain_relay",
+    "stream_relay",
+    "downstream",
+    *SERVER_WIRES,
+)
 STORY = ("bookkeeping", "attempt", "surroundings", "dispatch", "sharing", "exchange", "gateway")
 CONFIGURATION = ("tables", "config", "generation", "admin_keys", "admin_providers", "administration")
 DOORS = (
@@ -116,6 +126,7 @@ OUTBUILDINGS = (
 
 #: The tests of those rooms that have none of their own name.
 TESTED_BY = {
+    "recording_reader": "test_recording",
     "money": "test_pricing",
     "terms": "test_keys",
     "tables": "test_config",

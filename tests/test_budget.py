@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from crabtwist import settings as tables
+from crabtwist.accounts import is_over
 from crabtwist.errors import ConfigurationError, Refused, StorageError
 from crabtwist.extensions.budget import BudgetExtension, BudgetSettings
 from crabtwist.interfaces import IExtension
@@ -463,6 +464,25 @@ class PeriodTests(BudgetCase):
 def default_words(state: Any) -> tuple[str, str, str]:
     """Return the words about a state's period."""
     return state.per, state.label, state.time_zone
+
+
+class EndedTests(SynchronousTestCase):
+    """Which boards nobody will ask for any more."""
+
+    def test_is_over(self) -> None:
+        """Those of days and months that have ended everywhere, and those that are no account's."""
+        day = 20_000 * DAY  # 2024-10-04
+        boards = {
+            b"total - - a b": False,
+            b"day 2024-10-04 UTC a": False,
+            b"day 2024-10-03 UTC a": False,
+            b"day 2024-10-02 UTC a": True,
+            b"month 2024-10 UTC a": False,
+            b"month 2024-09 UTC a": True,
+            b"20000 nodes": True,
+        }
+        self.assertEqual(boards, {key: is_over(key, day) for key in boards})
+        self.assertFalse(is_over(b"month 2024-09 UTC a", day - 3 * DAY))
 
 
 class RestartTests(BudgetCase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import iscoroutine
-from typing import Any
+from typing import Any, cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from crabtwist.recording import Recording
 from crabtwist.settings import read as read_settings
 from crabtwist.storage.memory import MemoryStorage
 from crabtwist.testing import JSON, FakeServices, make_context
-from crabtwist.values import Context
+from crabtwist.values import Answer, Context
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 
@@ -88,8 +88,8 @@ class CacheTestCase(SynchronousTestCase):
     def answer_in(self, recording: Recording | None) -> bytes:
         """Return what a complete recording gives."""
         assert recording is not None and recording.led
-        reader, response = Collector(), self.successResultOf(recording.follow())
-        response.deliverBody(reader)
+        reader, following = Collector(), cast("Deferred[Any]", recording.follow())
+        self.successResultOf(following).deliverBody(reader)
         return reader.data
 
     def said(self, *arguments: Any, **context: Any) -> str:
@@ -110,6 +110,17 @@ class SameTests(CacheTestCase):
         self.keep()
         said, found = self.look()
         self.assertEqual(("hit", b"answer"), (said, self.answer_in(found)))
+
+    def test_small(self) -> None:
+        """A plain answer that came whole is kept as no more than that."""
+        _, recording = self.look()
+        answer = Answer(200, JSON, b"answer")
+        recording.lead(lambda: None)
+        recording.take(answer)
+        self.assertIs(recording, self.look()[1])
+        recording.settle(complete=True)
+        self.assertEqual(("hit", answer), self.look())
+        self.assertEqual((1, ENTRY_BYTES + 6), (len(self.cache), self.cache.size_bytes))
 
     def test_in_flight(self) -> None:
         """Who asks what is being asked shares the answer that comes."""
@@ -405,7 +416,8 @@ class RoomTests(CacheTestCase):
             self.happen(what, which, size)
             held = self.cache._entries.values()
             self.assertEqual(
-                sum(ENTRY_BYTES + each.recording.size_bytes for each in held), self.cache.size_bytes
+                sum(ENTRY_BYTES + (each.recording.size_bytes if each.recording else 0) for each in held),
+                self.cache.size_bytes,
             )
             self.assertLessEqual(len(self.cache), 4)
             self.assertLessEqual(self.cache.size_bytes, 4 * ENTRY_BYTES)
@@ -512,9 +524,7 @@ class InStoreTests(CacheTestCase):
         """What one node was answered another is given, and keeps for itself."""
         recording = self.successResultOf(self.looking_here())
         self.assertEqual("hit", self.context.answer_headers[CACHE])
-        self.assertEqual(
-            (b"answer", 200, JSON), (self.answer_in(recording), recording.status, recording.headers)
-        )
+        self.assertEqual(Answer(200, JSON, b"answer"), self.successResultOf(recording.follow()))
         asked = self.storage.asked
         self.assertEqual("hit", self.said())
         self.assertEqual(asked, self.storage.asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from functools import partial
 from typing import Any
 
 from hypothesis import given, settings
@@ -191,6 +192,82 @@ class HeadOfAnswersTests(ChannelTestCase):
         """Nothing is told of what listens here."""
         self.send(GET)
         self.assertNotIn(b"Twisted", self.wire.value())
+
+
+class SaidTests(ChannelTestCase):
+    """Answers whose head is said as it is to be written."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.desk.holds = True
+        self.writes: list[bytes] = []
+        self.patch(self.wire, "write", self.writes.append)
+
+    def ask(self, line: bytes = b"GET / HTTP/1.1") -> GatewayRequest:
+        """Send a request, and return it."""
+        self.send(line + b"\r\nHost: a\r\n\r\n")
+        return self.desk.requests[-1]
+
+    def test_one_write(self) -> None:
+        """The head of an answer leaves with its body."""
+        request = self.ask()
+        request.say_head(200, ((b"x-one", b"1"), (b"date", b"now")), 4)
+        self.assertEqual(self.writes, [])
+        request.write(b"body")
+        head = b"HTTP/1.1 200 OK\r\nx-one: 1\r\ndate: now\r\ncontent-length: 4\r\n\r\n"
+        self.assertEqual(self.writes, [head + b"body"])
+        request.finish()
+        self.assertEqual(len(self.writes), 1)
+
+    def test_chunks(self) -> None:
+        """Without a length a body leaves in chunks, an empty one too."""
+        for pieces, body in (((b"one", b"", b"two"), b"3\r\none\r\n3\r\ntwo\r\n"), ((), b"")):
+            request = self.ask()
+            request.say_head(200, (), None)
+            for piece in pieces:
+                request.write(piece)
+            request.finish()
+            said = b"".join(self.writes)
+            self.assertIn(b"\r\ntransfer-encoding: chunked\r\n", said)
+            self.assertTrue(said.endswith(b"\r\n\r\n" + body + b"0\r\n\r\n"))
+            self.writes.clear()
+
+    def test_no_body(self) -> None:
+        """A head without a body leaves at its end: of nothing, for HEAD, and where there may be none."""
+        for line, status, length in (
+            (b"GET", 200, 0),
+            (b"HEAD", 200, 4),
+            (b"HEAD", 200, None),
+            (b"GET", 204, None),
+        ):
+            request = self.ask(line + b" / HTTP/1.1")
+            request.say_head(status, (), length)
+            request.write(b"body" if length != 0 else b"")
+            request.finish()
+            self.assertTrue(b"".join(self.writes).endswith(b"\r\n\r\n"))
+            self.writes.clear()
+
+    def test_flush(self) -> None:
+        """The head of an answer that is still to come leaves alone if it has to."""
+        request = self.ask()
+        request.say_head(200, (), None)
+        request.registerProducer(object(), True)
+        self.assertEqual(self.writes, [])
+        request.flush()
+        self.assertTrue(b"".join(self.writes).endswith(b"\r\n\r\n"))
+
+    def test_when_left(self) -> None:
+        """Who wants to know is told when a client leaves, and before Twisted tells others."""
+        told: list[str] = []
+        for name in ("stays", "leaves"):
+            request = self.ask()
+            request.notifyFinish().addErrback(lambda _: told.append("finish"))
+            request.when_left(partial(told.append, name))
+            if name == "stays":
+                request.say_head(200, (), 0)
+                request.finish()
+        self.hang_up()
+        self.assertEqual(told, ["leaves", "finish"])
 
 
 class AdmissionTests(ChannelTestCase):

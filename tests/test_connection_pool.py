@@ -44,6 +44,20 @@ class KeepingTests(AgentTestCase):
         self.clock.advance(1)
         self.assertEqual((0, True), (self.agent.connections, wire.disconnecting))
 
+    def test_idle_times(self) -> None:
+        """Each connection is kept for its own time, however long the others have been."""
+        wires = self.busy(3)
+        for wire in wires:
+            wire.say(HELLO)
+            self.clock.advance(1)
+        gone = []
+        for _ in range(3):
+            self.clock.advance(0.99)
+            before = [wire.disconnecting for wire in wires]
+            self.clock.advance(0.01)
+            gone.append((before.count(True), [wire.disconnecting for wire in wires]))
+        self.assertEqual([(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])], gone)
+
     def test_max_idle(self) -> None:
         """Of too many kept connections, the one that has waited longest goes."""
         self.use(max_idle=2)
@@ -86,6 +100,7 @@ class KeepingTests(AgentTestCase):
         self.clock.advance(0)
         self.successResultOf(closed)
         self.assertEqual((1, True, False), (self.agent.connections, kept[0].cut, busy[0].cut))
+        self.assertEqual([], self.clock.getDelayedCalls())
         self.failureResultOf(self.post(), NoConnectionFree)
         busy[0].say(HELLO)
         self.assertEqual((0, True), (self.agent.connections, busy[0].disconnecting))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from random import Random
 from typing import Any
 
@@ -13,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from crabtwist.attempt import Patience
 from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import ConnectFailed, Refused, UpstreamError
+from crabtwist.exchange import Exchange
 from crabtwist.extension import Extension
 from crabtwist.gateway import Gateway
 from crabtwist.hooks import Hooks
@@ -672,3 +675,38 @@ class ReloadTests(ExchangeTestCase):
         response.receive(WHOLE)
         response.end()
         self.successResultOf(unused)
+
+
+class GarbageTests(ExchangeTestCase):
+    """What is left of a request that has ended: nothing, and at once."""
+
+    def setUp(self) -> None:
+        """Have nobody look for what refers to itself."""
+        super().setUp()
+        gc.disable()
+        self.addCleanup(gc.enable)
+
+    def running(self) -> weakref.ref[Exchange]:
+        """Return the one request that is being answered."""
+        [exchange] = self.gateway_._running
+        return weakref.ref(exchange)
+
+    def test_plain(self) -> None:
+        """A plain answer's exchange goes with its end: bodies may be large, and there are many."""
+        response = FakeResponse(200, JSON)
+        self.gateway(FakeProvider("p", [response]))
+        self.ask()
+        exchange = self.running()
+        response.receive(MESSAGE)
+        response.end()
+        self.assertEqual(("complete", None), (self.outcome.reason, exchange()))
+
+    def test_stream(self) -> None:
+        """So does a stream's."""
+        response = FakeResponse(200, EVENT_STREAM)
+        self.gateway(FakeProvider("p", [response]))
+        self.ask(stream=True)
+        response.receive(WHOLE)
+        exchange = self.running()
+        response.end()
+        self.assertEqual(("complete", None), (self.outcome.reason, exchange()))

@@ -10,7 +10,16 @@ from crabtwist import heap
 
 
 class HeapTests(SynchronousTestCase):
-    """Settling a process that is ready."""
+    """Starting a process, and settling it when it is ready."""
+
+    def test_growing(self) -> None:
+        """Nobody looks while it grows, whatever comes of it; then all is as before."""
+        before = gc.get_threshold()
+        with heap.growing():
+            self.assertEqual(0, gc.get_threshold()[0])
+        self.assertEqual(before, gc.get_threshold())
+        self.assertRaises(ZeroDivisionError, heap.growing()(divmod), 1, 0)
+        self.assertEqual(before, gc.get_threshold())
 
     def test_settle(self) -> None:
         """What is there stays out of later looks, which are rarer and still find what refers to itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import socket
 from typing import Any
 
 import treq
@@ -11,6 +13,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
 from twisted.internet.task import Clock
+from twisted.internet.tcp import Connection
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
@@ -99,6 +104,13 @@ class AnswerTests(ConnectionTestCase):
             for piece in pieces:
                 self.wire.say(piece)
             self.assertEqual(b"hello", self.successResultOf(response))
+
+    def test_all_at_once(self) -> None:
+        """Of an answer that came in one piece, whoever is told of its head can read all in that moment."""
+        whole: list[bool] = []
+        self.send().addCallback(lambda response: whole.append(treq.content(response).called))
+        self.wire.say(HELLO)
+        self.assertEqual([True], whole)
 
     def test_read_later(self) -> None:
         """An answer that came before anybody listened is not lost, and holds up no other request."""
@@ -358,3 +370,69 @@ class SendingTests(ConnectionTestCase):
             wire.disconnecting = dropped
             connection.handshakeCompleted()
             self.assertEqual(not dropped, established.called)
+
+
+class SocketTests(SynchronousTestCase):
+    """Requests into a socket, which is asked before the reactor is."""
+
+    def setUp(self) -> None:
+        """Connect to a peer who reads by hand."""
+        ours, self.peer = socket.socketpair()
+        self.peer.setblocking(False)
+        self.reactor = MemoryReactorClock()
+        self.connection = HTTP1ClientProtocol("up:80", id, id)
+        self.wire: Any = Connection(ours, self.connection, self.reactor)
+        self.wire.connected = True
+        self.patch(self.wire, "setTcpNoDelay", id)
+        self.connection.makeConnection(self.wire)
+        self.addCleanup(ours.close)
+        self.addCleanup(self.peer.close)
+
+    def heard(self) -> bytes:
+        """Return all that the peer is sent, the reactor's turns included."""
+        heard = bytearray()
+        while True:
+            try:
+                heard += self.peer.recv(1 << 20)
+            except BlockingIOError:
+                if not self.reactor.writers:
+                    return bytes(heard)
+                self.wire.doWrite()
+
+    def test_at_once(self) -> None:
+        """A request leaves before the reactor's next turn."""
+        self.connection.request(request(BytesBody(b"body"), b"POST"))
+        self.assertEqual((b"HEAD\r\n\r\nbody", set()), (self.peer.recv(100), self.reactor.writers))
+
+    def test_more_than_fits(self) -> None:
+        """What the socket does not take follows, byte by byte as it was, wherever it was cut."""
+        ours = self.wire.socket
+        body = random.Random(1).randbytes(4 << 20)
+        for taken in (0, 3, len(b"HEAD\r\n\r\n"), 100, None):
+            self.connection._exchange = None
+
+            class Filling:
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(ours, name)
+
+                def sendmsg(self, pieces: list[bytes], taken: int | None = taken) -> int:
+                    return int(ours.send(b"".join(pieces)[:taken]))
+
+            self.wire.socket = Filling()
+            self.connection.request(request(BytesBody(body), b"POST"))
+            self.assertTrue(self.reactor.writers)
+            self.assertTrue(self.heard() == b"HEAD\r\n\r\n" + body, f"after {taken}")
+
+    def test_in_order(self) -> None:
+        """What was written before leaves before."""
+        self.wire.write(b"before")
+        self.connection.request(request(BytesBody(b"body"), b"POST"))
+        self.assertEqual(b"beforeHEAD\r\n\r\nbody", self.heard())
+
+    def test_dead(self) -> None:
+        """A socket that is dead is left to the transport to find."""
+        self.peer.close()
+        head = self.connection.request(request(BytesBody(b"body"), b"POST"))
+        self.assertNoResult(head)
+        self.wire.connectionLost(Failure(self.wire.doWrite()))
+        self.failureResultOf(head, ConnectionBroken)

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseDone
 from twisted.web.iweb import UNKNOWN_LENGTH
@@ -218,7 +219,7 @@ class BodyTests(SynchronousTestCase):
         reader = Reader()
         self.body.attach(reader)
         self.body.receive(b"two")
-        self.body.finish(ResponseDone())
+        self.body.finish()
         self.assertEqual(b"one two", reader.data)
         self.assertIsInstance(reader.reason, ResponseDone)
         self.assertRaises(RuntimeError, self.body.attach, Reader())
@@ -233,7 +234,7 @@ class BodyTests(SynchronousTestCase):
         self.body.receive(b"early")
         reader = Shy()
         self.body.attach(reader)
-        self.body.finish(ResponseDone())
+        self.body.finish()
         self.assertEqual((b"", None, ["pause"]), (reader.data, reader.reason, self.source.calls))
         reader.producer.resumeProducing()
         self.assertEqual(b"early", reader.data)
@@ -274,7 +275,7 @@ class BodyTests(SynchronousTestCase):
             self.body.receive(b"late")
             self.assertEqual((b"", "abort"), (reader.data, self.source.calls[-1]))
             self.assertIsNone(reader.reason)
-            self.body.finish(ConnectionBroken("aborted"))
+            self.body.finish(Failure(ConnectionBroken("aborted")))
             self.assertIsInstance(reader.reason, ConnectionBroken)
 
     def test_stop_after_the_end(self) -> None:
@@ -284,7 +285,7 @@ class BodyTests(SynchronousTestCase):
         self.body.receive(b"a")
         self.body.detach()
         self.body.receive(b"b")
-        self.body.finish(ResponseDone())
+        self.body.finish()
         self.assertIsNone(reader.reason)
         reader.producer.stopProducing()
         self.assertIsInstance(reader.reason, ConnectionBroken)
@@ -301,7 +302,7 @@ class BodyTests(SynchronousTestCase):
         self.body.attach(reader)
         self.body.receive(b"a")
         self.body.receive(b"b")
-        self.body.finish(ResponseDone())
+        self.body.finish()
         self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
         self.assertIn("abort", self.source.calls)
         self.assertIsInstance(reader.reason, ConnectionBroken)
@@ -314,5 +315,5 @@ class BodyTests(SynchronousTestCase):
                 raise ZeroDivisionError
 
         self.body.attach(Broken())
-        self.body.finish(ResponseDone())
+        self.body.finish()
         self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))

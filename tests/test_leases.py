@@ -7,6 +7,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
@@ -99,6 +100,24 @@ class Count:
         """Remember what was heard."""
         self.lease.was_heard()
         self.heard.append(dict(others))
+
+
+class Deaf(Count):
+    """A share that fails when it hears anything after it was told."""
+
+    def hear(self, others: Mapping[bytes, bytes]) -> None:
+        """Fail, but for the first time."""
+        if self.heard:
+            raise ValueError("no note")
+        super().hear(others)
+
+
+class Mute(Count):
+    """A share that has nothing to say."""
+
+    def note(self) -> bytes:
+        """Fail."""
+        raise ValueError("no word")
 
 
 class NodesCase(SynchronousTestCase):
@@ -202,6 +221,21 @@ class TellingTests(NodesCase):
         two = Count()
         b.join(two)
         self.assertEqual([{b"a": b"3"}], two.heard)
+
+    def test_nobody_joins(self) -> None:
+        """What was there at the start is kept until it is said that nobody will want it any more."""
+        a, _ = self.node("a")
+        shares = [Count(b"old"), Count(b"new")]
+        for share in shares:
+            a.join(share)
+            self.use(a, share, 3)
+        self.stop(a)
+        b, _ = self.node("b")
+        b.forget_found(lambda key: key != b"new")
+        self.assertEqual([b"new"], b.found)
+        for share in shares:
+            b.join(share)
+        self.assertEqual([{}, {b"a": b"3"}], [share.heard[-1] for share in shares])
 
     def test_start_fails_with_the_store(self) -> None:
         """A store that cannot be read stops the start."""
@@ -315,6 +349,43 @@ class TellingTests(NodesCase):
         line.is_cut = True
         self.stop(a)
         self.assertFalse(a.in_touch)
+
+
+class BrokenShareTests(NodesCase):
+    """A share that fails, by a note that it cannot read or by a fault of its own."""
+
+    def exchange(self, broken: Count) -> tuple[Leases, Count]:
+        """Tell of a share that fails and of another, which comes after it."""
+        a, _ = self.node("a")
+        whole = Count(b"whole")
+        a.join(broken)
+        a.join(whole)
+        self.use(a, whole, 3)
+        self.pass_time(0.2)
+        return a, whole
+
+    def test_hearing(self) -> None:
+        """What one cannot hear is logged with its name; the store is not blamed, and the others are told."""
+        a, whole = self.exchange(Deaf(b"deaf"))
+        (failure,) = self.flushLoggedErrors(ValueError)
+        self.assertIn("no note", str(failure.value))
+        self.assertEqual((True, 0), (a.in_touch, whole.lease.ahead))
+
+    def test_telling(self) -> None:
+        """What one cannot tell is left out of what the others do."""
+        with capturedLogs() as events:
+            a, whole = self.exchange(Mute(b"mute"))
+        self.assertEqual({b"mute"}, {event["key"] for event in events if "log_failure" in event})
+        self.assertEqual(1, len(self.flushLoggedErrors(ValueError)))
+        self.assertEqual((True, 0), (a.in_touch, whole.lease.ahead))
+
+    def test_not_again(self) -> None:
+        """It is not tried again before it changes."""
+        a, _ = self.exchange(Mute(b"mute"))
+        self.flushLoggedErrors(ValueError)
+        self.pass_time(1)
+        self.assertEqual([], self.flushLoggedErrors(ValueError))
+        self.stop(a)
 
 
 class StoreTests(NodesCase):

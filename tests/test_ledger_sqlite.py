@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from crabtwist.errors import ConfigurationError, RecordRefused
-from crabtwist.ledger.columns import summands, total_of
+from crabtwist.ledger.columns import columns_of, summands, total_of
 from crabtwist.ledger.schema import MIGRATIONS, upgrade
 from crabtwist.ledger.spans import LENGTHS, covering, newly_over, spans_of
 from crabtwist.ledger.sqlite import SQLiteLedger, SQLiteLedgerSettings, _File
@@ -131,7 +131,8 @@ def totals_1(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     sums: dict[Any, list[int]] = {}
     for each in records:
         more = summands(each)
-        sums[total_of(each)] = [a + b for a, b in zip(sums.get(total_of(each), [0] * 10), more, strict=True)]
+        total = total_of(each, columns_of(each))
+        sums[total] = [a + b for a, b in zip(sums.get(total, [0] * 10), more, strict=True)]
     rows = [(key, counts, divmod(cost, DOLLAR)) for key, (*counts, cost) in sums.items()]
     return [("principal,model,provider", *key, *counts, *cost) for key, counts, cost in rows]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from crabtwist.metrics import Metrics, status_class
+from crabtwist.money import DOLLAR
 from crabtwist.testing import make_context
 from crabtwist.values import Context, Outcome, Usage
 
 USED = Usage(input_tokens=10, cache_read_tokens=5, output_tokens=7, reasoning_tokens=2)
+BOUNDS = ("0.005", "0.01", "3600.0", "+Inf")
 CONTEXT = make_context(model="claude", provider="vendor", stream=True)
 
 
@@ -93,6 +96,37 @@ class MetricsTests(SynchronousTestCase):
         labels = {"provider": "vendor", "model": "claude", "stream": "true"}
         self.assertEqual(1, self.value("time_to_first_byte_seconds_count", **labels))
         self.assertEqual(0.2, self.value("time_to_first_byte_seconds_sum", **labels))
+
+    def test_buckets(self) -> None:
+        """A time is counted in every bucket from the first whose bound it does not exceed."""
+        for seconds in (0.005, 0.006, 3601):
+            self.settle(first_byte_seconds=None, duration_seconds=seconds)
+        labels = {"provider": "vendor", "model": "claude", "status": "2xx", "stream": "true"}
+        counted = [self.value("request_duration_seconds_bucket", le=le, **labels) for le in BOUNDS]
+        self.assertEqual([1, 2, 2, 3], counted)
+
+    def test_cost(self) -> None:
+        """What requests cost is added up in dollars; what costs nothing has no sample."""
+        self.settle(cost=0)
+        self.assertEqual([], self.samples("cost_dollars_total"))
+        for cost in (DOLLAR, DOLLAR // 2):
+            self.settle(cost=cost)
+        self.assertEqual(1.5, self.value("cost_dollars_total", provider="vendor", model="claude"))
+
+    def test_since(self) -> None:
+        """Each is shown with the time since when it is counted, as the library of Prometheus does."""
+        before = time.time()
+        self.settle()
+        since = self.value("requests_created", ended_by="upstream", reason="complete")
+        assert since is not None
+        self.assertTrue(before <= since <= time.time())
+
+    def test_levels(self) -> None:
+        """What is under way goes up and down."""
+        self.metrics.active.inc()
+        self.metrics.active.inc()
+        self.metrics.active.dec()
+        self.assertEqual([1, 0], [self.value("active_connections"), self.value("open_streams")])
 
     def test_tokens(self) -> None:
         """Tokens are counted by direction, cached and reasoned ones among them."""

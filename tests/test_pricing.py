@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -12,8 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from crabtwist.dialects import anthropic, openai
 from crabtwist.money import DOLLAR, PriceRow, in_dollars
-from crabtwist.pricing import ModelSettings, PriceBook, published, receipt, row_from
-from crabtwist.values import Usage
+from crabtwist.pricing import MOST_FOUND, ModelSettings, PriceBook, published, receipt, row_from
+from crabtwist.values import NOTHING, Usage
 
 #: Dollars per million tokens, as a vendor publishes them.
 OPUS = row_from(
@@ -143,6 +144,18 @@ class ExactTests(SynchronousTestCase):
         exact = sum(count * price / 10**6 for count, price in zip(counts, published_prices, strict=True))
         self.assertEqual(exact, dollars(usage))
 
+    @given(st.lists(st.integers(0, 10**6), min_size=6, max_size=6), st.sampled_from([OPUS, HAIKU, LONG]))
+    def test_cost_is_the_receipts(self, counts: list[int], row: PriceRow) -> None:
+        """A cost that is worked out without a receipt is the receipt's total, tool calls or not."""
+        calls: Mapping[str, int]
+        for calls in (NOTHING, {"web_fetch_requests": 1}, {"web_search_requests": 2}):
+            given_in, read, written, written_1h, out, thought = counts
+            usage = Usage(given_in, read, written, written_1h, out, thought, calls)
+            found, cost = BOOK.cost(usage, row.vendor, row.model, "")
+            priced = receipt(usage, row, BOOK, row.vendor)
+            self.assertIs(row, found)
+            self.assertEqual(None if priced.unpriced else priced.total, cost)
+
     def test_lines(self) -> None:
         """A receipt shows each class that was used, at its price."""
         lines = receipt(claude(input_tokens=2, output_tokens=3), OPUS, BOOK, "anthropic").lines
@@ -183,9 +196,10 @@ class BookTests(SynchronousTestCase):
     """Which row is whose."""
 
     def test_published(self) -> None:
-        """The shipped list has the vendors' models, every price whole."""
+        """The shipped list has the vendors' models, none of them twice, every price whole."""
         rows = published()
         self.assertGreater(len(rows), 700)
+        self.assertEqual(len(rows), len({(row.vendor, row.model) for row in rows}))
         book = PriceBook(rows)
         self.assertIsNotNone(book.find("anthropic", "claude-opus-4-8"))
 
@@ -195,6 +209,19 @@ class BookTests(SynchronousTestCase):
             self.assertIs(HAIKU, BOOK.find("anthropic", f"haiku-{date}"))
         for other in ("latest", "2025-10", "20251001-v1"):
             self.assertIsNone(BOOK.find("anthropic", f"haiku-{other}"))
+
+    def test_asked_again(self) -> None:
+        """An answer is the same each time, and a book remembers only names that may be real, and so many."""
+        for _ in range(2):
+            self.assertIs(HAIKU, BOOK.find("anthropic", "haiku-20251001"))
+            self.assertIsNone(BOOK.find("anthropic", "sphinx"))
+        book = PriceBook([OPUS])
+        for number in range(MOST_FOUND * 2):
+            book.find("anthropic", f"opus {number}")
+        self.assertEqual(MOST_FOUND, book._found.cache_info().currsize)
+        before = book._found.cache_info()
+        self.assertIsNone(book.find("anthropic", "x" * 1000))
+        self.assertEqual(before, book._found.cache_info())
 
     def test_other_vendors(self) -> None:
         """A vendor without a row of its own takes that of the others, if they agree."""

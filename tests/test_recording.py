@@ -18,6 +18,7 @@ from zope.interface.verify import verifyObject
 from crabtwist.errors import ConnectFailed, Truncated
 from crabtwist.recording import SLICE_BYTES, Recording
 from crabtwist.testing import JSON
+from crabtwist.values import Answer
 
 MAX_BYTES = 100
 
@@ -97,14 +98,17 @@ class RecordingTestCase(SynchronousTestCase):
         """Start from nothing."""
         self.upstream = Upstream()
         self.desertions = 0
-        self.settled: list[bool] = []
+        self.settlements: list[bool] = []
         self.counted_bytes = 0
-        self.recording = Recording(MAX_BYTES)
-        self.recording.observe(self.count, self.settled.append)
+        self.recording = Recording(MAX_BYTES, self)
 
-    def count(self, more: int) -> None:
+    def grown(self, more: int) -> None:
         """As a cache does."""
         self.counted_bytes += more
+
+    def settled(self, *, whole: bool) -> None:
+        """As a cache does."""
+        self.settlements.append(whole)
 
     def desert(self) -> None:
         """As who leads does."""
@@ -119,7 +123,7 @@ class RecordingTestCase(SynchronousTestCase):
 
     def begin(self, length: int | None = None) -> Reader:
         """Begin it, with one who reads."""
-        following = self.recording.follow()
+        following: Deferred[Any] = self.recording.follow()
         self.recording.lead(self.desert)
         self.recording.begin(200, JSON, length, streamed=False)
         self.recording.brake(self.upstream)
@@ -128,13 +132,51 @@ class RecordingTestCase(SynchronousTestCase):
         return reader
 
 
+class WholeTests(RecordingTestCase):
+    """What comes whole."""
+
+    def take(self, body: bytes = b"hello") -> Answer:
+        """Have it answered at once."""
+        answer = Answer(200, JSON, body)
+        self.recording.lead(self.desert)
+        self.recording.take(answer)
+        return answer
+
+    def test_given_on(self) -> None:
+        """It is given to all who wait when it is settled, and to all who ask later."""
+        following = [self.recording.follow() for _ in range(2)]
+        answer = self.take()
+        self.assertNoResult(following[0])
+        self.recording.settle(complete=True)
+        later = self.recording.follow()
+        self.assertEqual([answer] * 3, [self.successResultOf(each) for each in (*following, later)])
+        self.assertEqual(([True], 5), (self.settlements, self.counted_bytes))
+
+    def test_who_left(self) -> None:
+        """Who does not wait any more is given nothing, and nothing happens to the others."""
+        gone, there = self.recording.follow(), self.recording.follow()
+        gone.addErrback(lambda _: gone.cancel())
+        answer = self.take()
+        gone.cancel()
+        self.recording.settle(complete=True)
+        self.assertEqual((answer, 0), (self.successResultOf(there), self.desertions))
+
+    def test_too_large(self) -> None:
+        """One that is too large to keep is still given to all who wait, and is not open to others."""
+        following = self.recording.follow()
+        answer = self.take(bytes(MAX_BYTES + 1))
+        self.recording.settle(complete=True)
+        self.assertIs(answer, self.successResultOf(following))
+        self.assertEqual(([False], False), (self.settlements, self.recording.open))
+
+
 class FollowingTests(RecordingTestCase):
     """What is given to whom."""
 
     def test_contract(self) -> None:
         """What a follower gets is a response, and its transport a producer."""
         self.begin()
-        response = self.successResultOf(self.recording.follow())
+        response: Any = self.successResultOf(self.recording.follow())
         verifyObject(IResponse, response)
         verifyObject(IPushProducer, response)
         self.assertEqual([b"application/json"], response.headers.getRawHeaders(b"content-type"))
@@ -160,7 +202,8 @@ class FollowingTests(RecordingTestCase):
         leaves.cancel()
         self.failureResultOf(leaves, CancelledError)
         self.recording.begin(201, JSON, None, streamed=False)
-        self.assertEqual(201, self.successResultOf(stays).code)
+        response: Any = self.successResultOf(stays)
+        self.assertEqual(201, response.code)
 
     def test_leaving_at_the_head(self) -> None:
         """Who makes another one leave, when both are given the head, does no harm to a third."""
@@ -181,7 +224,7 @@ class FollowingTests(RecordingTestCase):
         self.recording.fail(error)
         self.assertIs(error, self.failureResultOf(waiting).value)
         self.assertIs(error, self.failureResultOf(self.recording.follow()).value)
-        self.assertEqual([False], self.settled)
+        self.assertEqual([False], self.settlements)
         self.assertFalse(self.recording.open)
 
     def test_failing_in_the_middle(self) -> None:
@@ -190,11 +233,11 @@ class FollowingTests(RecordingTestCase):
         self.recording.fail(ZeroDivisionError())
         assert reader.end is not None
         self.assertTrue(reader.end.check(ZeroDivisionError))
-        self.assertEqual([False], self.settled)
+        self.assertEqual([False], self.settlements)
 
     def test_slices(self) -> None:
         """A large piece is given in slices, so that a reader can say that it has enough."""
-        self.recording = Recording(4 * SLICE_BYTES)
+        self.recording = Recording(4 * SLICE_BYTES, self)
         self.begin().pause()
         self.recording.write(bytes(3 * SLICE_BYTES))
         reader = self.read(Reader.pause)
@@ -242,14 +285,14 @@ class EndingTests(RecordingTestCase):
         self.begin()
         self.recording.finish()
         self.recording.settle(complete=True)
-        self.assertEqual(([True], True), (self.settled, self.recording.open))
+        self.assertEqual(([True], True), (self.settlements, self.recording.open))
 
     def test_not_complete(self) -> None:
         """One that is not all of the answer is settled as that, however well it ended."""
         self.begin()
         self.recording.finish()
         self.recording.settle(complete=False)
-        self.assertEqual([False], self.settled)
+        self.assertEqual([False], self.settlements)
 
     def test_broken(self) -> None:
         """Everybody is told the error that it broke for; nobody new may follow, and it is not kept."""
@@ -260,14 +303,14 @@ class EndingTests(RecordingTestCase):
             self.assertIs(Truncated, self.reason(reader))
             self.assertFalse(self.recording.open)
             self.recording.settle(complete=True)
-            self.assertEqual([False], self.settled)
+            self.assertEqual([False], self.settlements)
 
     def test_never_ended(self) -> None:
         """Settling ends what nobody ended: no reader waits for ever."""
         reader = self.begin()
         self.recording.settle(complete=True)
         self.assertIn("broke off", str(reader.end))
-        self.assertEqual([False], self.settled)
+        self.assertEqual([False], self.settlements)
 
     def test_ends_once(self) -> None:
         """What is said after the end changes nothing."""
@@ -460,7 +503,7 @@ class RoomTests(RecordingTestCase):
         self.recording.write(b"all")
         self.recording.finish()
         self.recording.settle(complete=True)
-        self.assertEqual((b"all", 0, [False]), (reader.data, self.recording.size_bytes, self.settled))
+        self.assertEqual((b"all", 0, [False]), (reader.data, self.recording.size_bytes, self.settlements))
 
     def test_overflow_after_the_end(self) -> None:
         """What is complete is let go too, at once if nobody reads it."""
@@ -483,7 +526,7 @@ class RoomTests(RecordingTestCase):
 
     def test_few_pieces(self) -> None:
         """A stream of many small pieces is kept as few once everybody has gone."""
-        self.recording = Recording(1 << 20)
+        self.recording = Recording(1 << 20, self)
         reader = self.begin()
         for _ in range(100):
             self.recording.write(b"x" * 1000)

@@ -18,11 +18,12 @@ from crabtwist.dialects.base import (
     count,
     decode_object,
     last_usage,
+    model_and_usage,
     part,
     text,
 )
 from crabtwist.sse import Event
-from crabtwist.values import Usage
+from crabtwist.values import NOTHING, Usage
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -49,12 +50,13 @@ def usage_from(counts: dict[str, Any], *, complete: bool) -> Usage:
     When the cache's 5-minute and 1-hour parts do not add up to the total (server tools), the rest
     counts as the cheaper 5-minute kind; parts that exceed it, or come without one, are the total.
     """
-    output = count(counts, "output_tokens")
-    thinking = min(count(part(counts, "output_tokens_details"), "thinking_tokens"), output)
-    by_time = part(counts, "cache_creation")
-    for_an_hour = count(by_time, "ephemeral_1h_input_tokens")
-    in_parts = count(by_time, "ephemeral_5m_input_tokens") + for_an_hour
-    written = max(count(counts, "cache_creation_input_tokens"), in_parts)
+    output, thinking, for_an_hour = count(counts, "output_tokens"), 0, 0
+    written = count(counts, "cache_creation_input_tokens")
+    if details := part(counts, "output_tokens_details"):
+        thinking = min(count(details, "thinking_tokens"), output)
+    if by_time := part(counts, "cache_creation"):
+        for_an_hour = count(by_time, "ephemeral_1h_input_tokens")
+        written = max(written, count(by_time, "ephemeral_5m_input_tokens") + for_an_hour)
     calls = part(counts, "server_tool_use")
     return Usage(
         input_tokens=count(counts, "input_tokens"),
@@ -63,7 +65,9 @@ def usage_from(counts: dict[str, Any], *, complete: bool) -> Usage:
         cache_write_1h_tokens=for_an_hour,
         output_tokens=output - thinking,
         reasoning_tokens=thinking,
-        server_tool_calls={name: count(calls, name) for name in calls if count(calls, name)},
+        server_tool_calls={name: number for name in calls if (number := count(calls, name))}
+        if calls
+        else NOTHING,
         raw=msgspec.json.encode(counts),
         complete=complete,
     )
@@ -108,15 +112,16 @@ class MessageReader(AnswerReader):
         return False
 
     def _count(self, counts: dict[str, Any], *, complete: bool) -> None:
-        self._counts.update({name: value for name, value in counts.items() if value is not None})
+        for name, value in counts.items():
+            if value is not None:
+                self._counts[name] = value
         if self._counts:
             self.usage = usage_from(self._counts, complete=complete)
 
     def body(self, data: bytes) -> None:
         """Learn from a whole message."""
-        content = decode_object(data)
-        self.model = text(content, "model") or None
-        self._count(part(content, "usage"), complete=True)
+        self.model, counts = model_and_usage(data)
+        self._count(counts, complete=True)
 
     def tail(self, data: bytes) -> None:
         """Learn from the end of a large message: its usage is its last member."""

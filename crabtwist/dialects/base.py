@@ -122,6 +122,28 @@ def decode_object(data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+class _Said(msgspec.Struct):
+    model: Any = None
+    usage: Any = None
+
+
+_SAID = msgspec.json.Decoder(_Said)
+
+
+def model_and_usage(data: bytes) -> tuple[str | None, dict[str, Any]]:
+    """
+    Return what a plain answer names as its model, None if nothing, and its usage object, {} if it has none.
+
+    The rest of it is looked through and not built.
+    """
+    try:
+        said = _SAID.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None, {}
+    model = said.model if isinstance(said.model, str) else None
+    return model or None, said.usage if isinstance(said.usage, dict) else {}
+
+
 def part(parent: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the object that is the member `name`; an empty one if it is none."""
     value = parent.get(name)
@@ -136,7 +158,10 @@ def text(parent: Mapping[str, Any], name: str, default: str = "") -> str:
 
 def count(parent: Mapping[str, Any], name: str) -> int:
     """Return the number that is the member `name`, made sane: whole, not negative, not absurd."""
-    value = parent.get(name)
+    value = parent.get(name, 0)
+    # Nearly always; a bool is of another type.
+    if type(value) is int and 0 <= value <= MAX_COUNT:
+        return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from crabtwist.body import Edit, JSONObject, RequestBody, refuse_ambiguous_keys, splice
+from crabtwist.body import Edit, JSONObject, RequestBody, splice, unambiguous
 from crabtwist.dialects.base import (
     AnswerReader,
     Dialect,
@@ -21,6 +21,7 @@ from crabtwist.dialects.base import (
     count,
     decode_object,
     last_usage,
+    model_and_usage,
     part,
     text,
 )
@@ -127,9 +128,8 @@ class CompletionReader(AnswerReader):
 
     def body(self, data: bytes) -> None:
         """Learn from a whole answer."""
-        content = decode_object(data)
-        self.model = text(content, "model") or None
-        if counts := part(content, "usage"):
+        self.model, counts = model_and_usage(data)
+        if counts:
             self.usage = usage_from(counts)
 
     def tail(self, data: bytes) -> None:
@@ -158,9 +158,7 @@ def ask_for_usage(body: RequestBody) -> list[Edit]:
     if options in (None, b"null"):
         return [body.setting("stream_options", b'{"include_usage":true}')]
     parsed = JSONObject.parse(options or b"")
-    if parsed is not None:
-        refuse_ambiguous_keys(parsed.members, ("include_usage",))
-    if parsed is None or parsed.get("include_usage") == b"true":
+    if parsed is None or unambiguous(parsed.members, ("include_usage",)).get("include_usage") == b"true":
         return []
     return [body.setting("stream_options", splice(parsed.data, [parsed.setting("include_usage", b"true")]))]
 

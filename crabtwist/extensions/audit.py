@@ -7,6 +7,7 @@ With `bodies` it also keeps what was asked and answered, without what must not b
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal
 
 import attrs
@@ -121,7 +122,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    second, microseconds = divmod(round(seconds * 1e6), 10**6)
+    return f"{_second(second)}.{microseconds // 1000:03d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(second: int) -> str:
+    # Dear, and many requests of a second share it.
+    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
 
 
 def _kept(text: str) -> str:
@@ -163,7 +171,7 @@ def _what_ended(context: Context, outcome: Outcome) -> tuple[Any, ...]:
         outcome.reason,
         round(outcome.duration_seconds * 1000),
         None if usage is None else _tokens(usage),
-        None if cost is None else in_dollars(cost).replace("$", ""),
+        None if cost is None else in_dollars(cost).removeprefix("$"),
         outcome.cache_hit,
     )
 

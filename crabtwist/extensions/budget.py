@@ -7,7 +7,7 @@ however that was.  The nodes tell each other, and the store, what they have used
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import attrs
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 
-from crabtwist.accounts import Account, Budget, BudgetState, principal_in
+from crabtwist.accounts import Account, Budget, BudgetState, is_over, principal_in
 from crabtwist.charges import charge, dearest
 from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import ConfigurationError, Refused
@@ -124,6 +124,7 @@ class BudgetExtension(Extension, Service):
         for principal in (*self._budgets, *map(principal_in, self._leases.found)):
             if principal is not None:
                 self._account(principal, None, now)
+        self._forget_found(now)
 
     def stopService(self) -> Deferred[None]:
         """Tell the store what was spent since it last heard."""
@@ -186,24 +187,31 @@ class BudgetExtension(Extension, Service):
         return account
 
     def _open(self, principal: str, own: KeyBudgetSettings | None, now: float) -> Account | None:
+        """Return the account of a key that has none yet, whose period is over, or that was given another."""
         # What a key brings with it says more than what the configuration says of it.
         budget = self._budgets.get(principal, self._default) if own is None else self._settings.budget(own)
         self._forget_ended(now)
-        old = self._accounts.pop(principal, None)
-        if budget is not None:
-            account = Account(principal, budget, period_at(budget.per, budget.zone, now), own)
-            if old is not None and old.key == account.key:
-                # The same account, of which it is only said anew how much it may spend.
-                old.budget, old.own = budget.amount, own
-                account = old
-            self._accounts[principal] = account
-            self._next_end = min(self._next_end, account.ends_at)
-            if account is old:
-                return account
-            self._leases.join(account)
-        if old is not None and not old.running:
-            self._leases.leave(old)
-        return self._accounts.get(principal)
+        old = self._accounts.get(principal)
+        if budget is None:
+            self._close(old)
+            return None
+        account = Account(principal, budget, period_at(budget.per, budget.zone, now), own)
+        if old is not None and old.key == account.key:
+            # The same account, of which it is only said anew how much it may spend.
+            old.budget, old.own = budget.amount, own
+            return old
+        self._close(old)
+        self._accounts[principal] = account
+        self._next_end = min(self._next_end, account.ends_at)
+        self._leases.join(account)
+        return account
+
+    def _close(self, account: Account | None) -> None:
+        """Drop an account; one that something runs on is left when that has ended."""
+        if account is not None:
+            del self._accounts[account.principal]
+            if not account.running:
+                self._leases.leave(account)
 
     def _forget_ended(self, now: float) -> None:
         """Drop the accounts of periods that are over; those that something runs on go when it has ended."""
@@ -211,21 +219,24 @@ class BudgetExtension(Extension, Service):
             return
         ended = [account for account in self._accounts.values() if account.ends_at <= now]
         for account in ended:
-            del self._accounts[account.principal]
-            if not account.running:
-                self._leases.leave(account)
+            self._close(account)
+        self._forget_found(now)
         self._next_end = min((account.ends_at for account in self._accounts.values()), default=inf)
+
+    def _forget_found(self, now: float) -> None:
+        self._leases.forget_found(lambda key: is_over(key, now))
 
     # Deciding.
 
-    def _rows(self, context: Context, account: Account) -> tuple[PriceRow, ...]:
+    def _rows(self, context: Context, account: Account) -> Sequence[PriceRow]:
         """Return the prices that may apply, those that nobody knows replaced as the settings say."""
-        known = tuple([row for row in context.prices if row is not None])
-        if known and len(known) == len(context.prices):
-            return known
-        if self._settings.unknown_price == "refuse":
-            raise unpriced(context, account)
-        return known if self._fallback is None else (*known, self._fallback)
+        known = [row for row in context.prices if row is not None]
+        if len(known) < len(context.prices) or not known:
+            if self._settings.unknown_price == "refuse":
+                raise unpriced(context, account)
+            if self._fallback is not None:
+                known.append(self._fallback)
+        return known
 
     def _may_use(self, account: Account, amount: int) -> bool:
         if amount > account.left:

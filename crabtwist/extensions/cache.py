@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Coroutine
-from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ import msgspec
 
 from crabtwist.extension import Extension
 from crabtwist.extensions.cache_store import AnswerStore, KeptAnswer
-from crabtwist.recording import Recording
+from crabtwist.recording import SLICE_BYTES, Recording
 from crabtwist.settings import positive
-from crabtwist.values import Context, Headers
+from crabtwist.values import Answer, Context, Headers
 
 #: Says on every answer where it is from.
 CACHE = "x-crabtwist-cache"
@@ -59,13 +58,31 @@ class CacheSettings:
             raise ValueError('`ignore` needs `match = "meaning"`: exact bytes hold all members')
 
 
-@attrs.define(eq=False)
 class _Entry:
-    """One answer; `kept_at` is None until it is complete."""
+    """
+    One answer; `kept_at` is None until it is complete.
 
-    recording: Recording
-    size_bytes: int = ENTRY_BYTES
-    kept_at: float | None = None
+    A small plain one that is complete is an `answer`, and no recording any more: there may be thousands,
+    and what they are made of is looked at again and again by Python's garbage collection.
+    """
+
+    __slots__ = ("answer", "cache", "kept_at", "key", "recording", "size_bytes")
+
+    def __init__(self, cache: CacheExtension, key: bytes, max_bytes: int) -> None:
+        self.cache = cache
+        self.key = key
+        self.recording: Recording | None = Recording(max_bytes, self)
+        self.answer: Answer | None = None
+        self.size_bytes = ENTRY_BYTES
+        self.kept_at: float | None = None
+
+    def grown(self, more: int) -> None:
+        """Count bytes that came or went."""
+        self.cache.grown(self, more)
+
+    def settled(self, *, whole: bool) -> None:
+        """Keep the answer, or forget it."""
+        self.cache.settled(self, whole=whole)
 
 
 @attrs.frozen
@@ -110,7 +127,7 @@ class CacheExtension(Extension):
 
     def on_cache_lookup(
         self, context: Context, body: bytes
-    ) -> Recording | Coroutine[Any, Any, Recording] | None:
+    ) -> Answer | Recording | Coroutine[Any, Any, Recording] | None:
         """Return what others were given, or are being given now, or something to record the answer in."""
         wish = _wish(context.headers)
         if wish.no_store:
@@ -118,14 +135,16 @@ class CacheExtension(Extension):
             return None
         key = self._key(context, body)
         entry = None if wish.no_cache else self._usable(key, wish)
+        recording = None
         if entry is not None:
             self._entries.move_to_end(key)
-        if entry is not None and entry.recording.led:
-            context.answer_headers[CACHE] = "hit"
-            return entry.recording
+            recording = entry.recording
+            if recording is None or recording.led:
+                context.answer_headers[CACHE] = "hit"
+                return recording or entry.answer
         context.answer_headers[CACHE] = "bypass" if wish.no_cache else "miss"
         # One that nobody leads yet may still be found in the store.
-        recording = self._new(key) if entry is None else entry.recording
+        recording = recording or self._new(key)
         if self._store is None or wish.no_cache:
             return recording
         return self._looked_for(self._store, key, recording, context, wish)
@@ -149,7 +168,7 @@ class CacheExtension(Extension):
 
     def _usable(self, key: bytes, wish: _Wish) -> _Entry | None:
         entry = self._entries.get(key)
-        if entry is None or not entry.recording.open:
+        if entry is None or (entry.recording is not None and not entry.recording.open):
             return None
         age_seconds = 0.0 if entry.kept_at is None else self._clock.seconds() - entry.kept_at
         if age_seconds >= self._settings.ttl_seconds:
@@ -161,29 +180,34 @@ class CacheExtension(Extension):
 
     def _new(self, key: bytes) -> Recording:
         self._drop(key)
-        entry = _Entry(Recording(self._settings.max_entry_bytes))
-        entry.recording.observe(partial(self._grown, key, entry), partial(self._settled, key, entry))
-        self._entries[key] = entry
-        self.size_bytes += entry.size_bytes
+        entry = self._entries[key] = _Entry(self, key, self._settings.max_entry_bytes)
+        recording = entry.recording
+        assert recording is not None, "it has just been made"
+        self.size_bytes += ENTRY_BYTES
         self._make_room()
-        return entry.recording
+        return recording
 
-    def _grown(self, key: bytes, entry: _Entry, more: int) -> None:
-        if self._entries.get(key) is entry:
+    def grown(self, entry: _Entry, more: int) -> None:
+        """Count bytes that came to an entry, or went."""
+        if self._entries.get(entry.key) is entry:
             entry.size_bytes += more
             self.size_bytes += more
             self._make_room()
 
-    def _settled(self, key: bytes, entry: _Entry, whole: object) -> None:
-        if self._entries.get(key) is not entry:
+    def settled(self, entry: _Entry, *, whole: bool) -> None:
+        """Keep what is whole and complete; forget anything else."""
+        recording = entry.recording
+        if recording is None or self._entries.get(entry.key) is not entry:
             return
         if not whole:
-            self._drop(key)
-        elif entry.kept_at is None:
+            self._drop(entry.key)
+            return
+        if entry.kept_at is None:
             entry.kept_at = self._clock.seconds()
-            body = entry.recording.body
-            if self._store is not None and body is not None:
-                self._store.keep(key, _kept(entry.recording, body, entry.kept_at))
+            if self._store is not None and recording.body is not None:
+                self._store.keep(entry.key, _kept(recording, recording.body, entry.kept_at))
+        if recording.answer is not None:
+            entry.answer, entry.recording = recording.answer, None
 
     def _make_room(self) -> None:
         settings = self._settings
@@ -194,23 +218,24 @@ class CacheExtension(Extension):
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.size_bytes -= entry.size_bytes
-            # Those who still read it need no more than what they have not read.
-            entry.recording.overflow()
+            recording, entry.recording = entry.recording, None
+            if recording is not None:
+                # Those who still read it need no more than what they have not read.
+                recording.overflow()
 
     # What is the same.
 
     def _key(self, context: Context, body: bytes) -> bytes:
         settings = self._settings
-        whose = (context.principal or "").encode() if settings.scope == "key" else b""
-        decisive = sorted(
-            (name.lower(), value) for name, value in context.headers if name.lower().startswith(_DECISIVE)
-        )
+        whose = (context.principal or "") if settings.scope == "key" else ""
+        kind = "stream" if context.stream else "plain"
         said = body if settings.match == "exact" else _meaning(body, settings.ignore)
-        words = (whose, context.operation.encode(), context.dialect.encode(), context.model.encode())
-        kind = b"stream" if context.stream else b"plain"
-        parts = (*words, kind, context.query, *(each for field in decisive for each in field))
-        # Each with its length, so that no two ways of dividing them look the same.
-        digest = blake2b(b"".join([b"%d:%b" % (len(part), part) for part in parts]), digest_size=32)
+        decisive = sorted(
+            [(n, value) for name, value in context.headers if (n := name.lower()).startswith(_DECISIVE)]
+        )
+        words = (whose, context.operation, context.dialect, context.model, kind, context.query, decisive)
+        # What repr makes of strings and bytes is quoted, so no two ways of dividing them look the same.
+        digest = blake2b(repr(words).encode(), digest_size=32)
         digest.update(said)
         return digest.digest()
 
@@ -223,9 +248,12 @@ def _kept(recording: Recording, body: bytes, kept_at: float) -> KeptAnswer:
 
 def _play(kept: KeptAnswer, recording: Recording) -> None:
     recording.lead(lambda: None)
-    recording.begin(kept.status, kept.headers, kept.length, streamed=kept.streamed)
-    recording.write(kept.body)
-    recording.finish()
+    if kept.streamed or len(kept.body) > SLICE_BYTES:
+        recording.begin(kept.status, kept.headers, kept.length, streamed=kept.streamed)
+        recording.write(kept.body)
+        recording.finish()
+    else:
+        recording.take(Answer(kept.status, kept.headers, kept.body))
     recording.settle(complete=True)
 
 
@@ -240,9 +268,10 @@ def _meaning(body: bytes, ignored: tuple[str, ...]) -> bytes:
 
 
 def _wish(fields: Headers) -> _Wish:
-    said = b",".join(value for name, value in fields if name.lower() == b"cache-control").lower()
-    if not said:
+    values = [value for name, value in fields if len(name) == 13 and name.lower() == b"cache-control"]
+    if not values:
         return _ANYTHING
+    said = b",".join(values).lower()
     words = [word.strip() for word in said.split(b",")]
     ages = [word[8:] for word in words if word.startswith(b"max-age=") and word[8:].isdigit()]
     return _Wish(

@@ -10,7 +10,7 @@ Where the store is one that nodes share, the limits are those of all nodes toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
@@ -28,7 +28,7 @@ from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import Refused
 from crabtwist.extension import Extension
 from crabtwist.leases import Leases, WithoutStore
-from crabtwist.meters import IDLE_SECONDS, Meter, SharedMeter
+from crabtwist.meters import IDLE_SECONDS, Meter, SharedMeter, Standing
 from crabtwist.terms import KINDS, LimitSettings
 from crabtwist.values import BYTES_PER_TOKEN, Context, Outcome
 
@@ -61,7 +61,7 @@ class RateLimitSettings(LimitSettings):
 @attrs.frozen
 class _Charge:
     estimate: Mapping[str, int]
-    places: tuple[tuple[Meter, Mapping[str, int]], ...]
+    places: Sequence[tuple[Meter, Mapping[str, int]]]
 
 
 @implementer(IService)
@@ -85,6 +85,7 @@ class RateLimitExtension(Extension, Service):
     def startService(self) -> Deferred[None]:
         """Read what other nodes have used; fails if the store does."""
         super().startService()
+        self._look_for_idle_at = self._clock.seconds() + IDLE_SECONDS
         return succeed(None) if self._leases is None else Deferred.fromCoroutine(self._leases.start())
 
     def stopService(self) -> Deferred[None]:
@@ -99,7 +100,8 @@ class RateLimitExtension(Extension, Service):
             self._forget_idle(now)
         estimate = _estimate(context)
         meters = self._meters_for(context, now)
-        self._refuse_out_of_touch(meters)
+        if self._leases is not None and not self._leases.in_touch:
+            self._refuse_out_of_touch(meters)
         faults = [fault for meter in meters if (fault := meter.fault(now, estimate))]
         if faults:
             words, seconds = max(faults, key=itemgetter(1))
@@ -111,7 +113,7 @@ class RateLimitExtension(Extension, Service):
                 {"retry-after": str(seconds)},
                 slug="rate_limited",
             )
-        places = tuple((meter, meter.charge(now, estimate)) for meter in meters)
+        places = [(meter, meter.charge(now, estimate)) for meter in meters]
         self._charges[context.request_id] = _Charge(estimate, places)
         self._say(context, meters, now)
 
@@ -126,7 +128,7 @@ class RateLimitExtension(Extension, Service):
             meter.settle(cells, change)
 
     def _refuse_out_of_touch(self, meters: Iterable[Meter]) -> None:
-        if self._settings.without_store == "local" or self._leases is None or self._leases.in_touch:
+        if self._settings.without_store == "local":
             return
         for meter in meters:
             raise Refused(
@@ -139,23 +141,33 @@ class RateLimitExtension(Extension, Service):
 
     def _meters_for(self, context: Context, now: float) -> list[Meter]:
         settings, key = self._settings, context.principal or "anybody"
-        scopes: list[tuple[tuple[str, ...], LimitSettings | None]] = [
-            (("all",), settings.all),
-            # What a key brings with it says more than what the configuration says of it.
-            (("key", key), context.limits or settings.keys.get(key, settings)),
-            (("model", key, context.model), settings.models.get(context.model)),
+        # What a key brings with it says more than what the configuration says of it.
+        scopes: list[tuple[tuple[str, ...], LimitSettings]] = [
+            (("key", key), context.limits or settings.keys.get(key, settings))
         ]
+        if settings.all is not None:
+            scopes.insert(0, (("all",), settings.all))
+        if context.model in settings.models:
+            scopes.append((("model", key, context.model), settings.models[context.model]))
         meters = []
         for scope, limits in scopes:
-            if limits is not None and not limits.are_none:
-                meter = self._meters.get(scope)
-                if meter is None:
-                    meter = self._meters[scope] = self._make_meter(scope, limits)
-                elif meter.settings is not limits:
-                    meter.hold_to(limits)
-                meter.asked_at = now
-                meters.append(meter)
+            meter = self._meters.get(scope)
+            if meter is None or meter.settings is not limits:
+                if limits.are_none:
+                    continue
+                meter = self._held_to(limits, scope)
+            meter.asked_at = now
+            meters.append(meter)
         return meters
+
+    def _held_to(self, limits: LimitSettings, scope: tuple[str, ...]) -> Meter:
+        """Return the meter of a scope that is new, or has other limits from now on."""
+        meter = self._meters.get(scope)
+        if meter is None:
+            meter = self._meters[scope] = self._make_meter(scope, limits)
+        else:
+            meter.hold_to(limits)
+        return meter
 
     def _make_meter(self, scope: tuple[str, ...], limits: LimitSettings) -> Meter:
         whose = _whose(*scope)
@@ -167,6 +179,9 @@ class RateLimitExtension(Extension, Service):
     def _forget_idle(self, now: float) -> None:
         """Forget whom nobody asks for, or memory would grow with everybody who ever did."""
         self._look_for_idle_at = now + IDLE_SECONDS / 2
+        if self._leases is not None:
+            # What was there at the start is older than a minute by now.
+            self._leases.forget_found(lambda _key: True)
         for scope, meter in list(self._meters.items()):
             if not meter.running and meter.asked_at < now - IDLE_SECONDS:
                 del self._meters[scope]
@@ -174,18 +189,18 @@ class RateLimitExtension(Extension, Service):
 
     def _say(self, context: Context, meters: list[Meter], now: float) -> None:
         """Put the tightest limit of each kind into the answer's head, as the dialect says it."""
-        said = context.answer_headers
-        for kind, names in _NAMES[context.dialect].items():
-            limit = left = None
-            for meter in meters:
-                if kind in meter.limits:
-                    left_here = meter.limits[kind] - meter.used(kind, now)
-                    if left is None or left_here < left:
-                        limit, left, tightest = meter.limits[kind], left_here, meter
-            if left is not None:
-                clear_at = tightest.clear_at(kind, now)
-                said[names[0]], said[names[1]] = str(limit), str(max(0, left))
-                said[names[2]] = _RESETS[context.dialect](clear_at, now)
+        tightest: dict[str, Standing] = {}
+        for meter in meters:
+            for kind, standing in meter.standings(now).items():
+                if kind not in tightest or standing[0] < tightest[kind][0]:
+                    tightest[kind] = standing
+        said, reset = context.answer_headers, _RESETS[context.dialect]
+        for kind, (limit_name, left_name, reset_name) in _NAMES[context.dialect].items():
+            if kind in tightest:
+                left, limit, clear_at = tightest[kind]
+                said[limit_name] = str(limit)
+                said[left_name] = str(left) if left > 0 else "0"
+                said[reset_name] = reset(clear_at, now)
 
 
 def _whose(scope: str, key: str = "", model: str = "") -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import attrs
@@ -53,6 +54,7 @@ ROWS_AT_ONCE = 500
 MOST_DAYS = 36500
 
 _DAY = timedelta(days=1)
+_DAY_SECONDS = 86400
 
 
 @attrs.frozen(kw_only=True)
@@ -124,10 +126,12 @@ class UsageExtension(Extension, Service):
 
     def _row(self, day: date, who: Who) -> Row:
         rows = self._own.setdefault(day, {})
-        if who not in rows and sum(map(len, self._own.values())) >= self._max_rows:
-            who = without_names(who)
-            self._warn_full(day)
         row = rows.get(who)
+        if row is None:
+            if sum(map(len, self._own.values())) >= self._max_rows:
+                who = without_names(who)
+                self._warn_full(day)
+            row = rows.get(who)
         if row is None:
             row = rows[who] = Row(day, who, (self._kept + _DAY).total_seconds(), self._told)
         if not row.is_joined:
@@ -279,7 +283,13 @@ class UsageExtension(Extension, Service):
 
 
 def _day_of(seconds: float) -> date:
-    return datetime.fromtimestamp(seconds, UTC).date()
+    return _day_numbered(int(seconds // _DAY_SECONDS))
+
+
+@lru_cache(maxsize=8)
+def _day_numbered(number: int) -> date:
+    """Return a day, told how many there were since 1970."""
+    return datetime.fromtimestamp(number * _DAY_SECONDS, UTC).date()
 
 
 def _groups(by: Collection[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from operator import attrgetter
 
 import attrs
 import msgspec
@@ -29,6 +30,7 @@ Who = tuple[str, str, str]
 Days = dict[date, dict[Who, list[int]]]
 
 _NO_USAGE = Usage()
+_tokens_of = attrgetter(*(name for name in SUMS if name.endswith("_tokens")))
 _PLACES = msgspec.json.Decoder(tuple[date, str, str, str])
 _NOTES = msgspec.json.Decoder(dict[str, int])
 
@@ -46,10 +48,9 @@ def without_names(who: Who) -> Who:
 
 
 def sums_of(outcome: Outcome) -> list[int]:
-    """Return what one request adds."""
-    usage = outcome.usage or _NO_USAGE
-    own = {"requests": 1, "unpriced": int(outcome.cost is None), "estimated": 0, "cost": outcome.cost or 0}
-    return [own[name] if name in own else getattr(usage, name) for name in SUMS]
+    """Return what one request adds, in the order of `SUMS`: tokens stand between estimates and cost."""
+    cost = outcome.cost
+    return [1, int(cost is None), 0, *_tokens_of(outcome.usage or _NO_USAGE), cost or 0]
 
 
 def add(sums: list[int], more: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import date, timedelta
 from functools import lru_cache
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -41,6 +42,10 @@ SUMS = ("requests", "unpriced", "estimated", *TOKENS, "cost")
 _DAY = 86400 * MICROSECONDS
 _EPOCH = date(1970, 1, 1)
 _NO_TOKENS = Tokens()
+_tokens_of = attrgetter(*TOKENS)
+
+#: Id, time, principal, model, provider, reason and body of a record.
+Columns = tuple[str, int, str, str, str, str, str]
 
 
 # Into columns.
@@ -60,14 +65,21 @@ def searchable(text: str) -> str:
     return clean(text).encode()[:LONGEST_NAME_BYTES].decode("utf-8", "ignore")
 
 
-def columns_of(record: Record) -> tuple[str | int, ...]:
+def columns_of(record: Record) -> Columns:
     """
-    Return id, time, principal, model, provider, reason and body of a record.
+    Return what is in the columns for a record.
 
     Raises ValueError for a number with more digits than Python writes.
     """
-    names = (record.principal or "", record.model, record.provider, record.reason)
-    return (clean(record.id), record.accepted_at, *map(searchable, names), _body(record))
+    return (
+        clean(record.id),
+        record.accepted_at,
+        searchable(record.principal or ""),
+        searchable(record.model),
+        searchable(record.provider),
+        searchable(record.reason),
+        _body(record),
+    )
 
 
 def _body(record: Record) -> str:
@@ -78,12 +90,16 @@ def _body(record: Record) -> str:
         return text.encode("utf-8", "replace").decode()
 
 
-def total_of(record: Record) -> tuple[int, str, str, str]:
-    """Return day, principal, model and provider of the totals that a record counts in."""
+def day_of(record: Record) -> int:
+    """Return the day, counted from 1970, of the totals that a record counts in."""
+    return record.accepted_at // _DAY
+
+
+def total_of(record: Record, columns: Columns) -> tuple[int, str, str, str]:
+    """Return day, principal, model and provider of the totals that a record with these columns counts in."""
+    _, _, principal, model, provider, _, _ = columns
     # A request that reached nobody may name a model that there is not: rows would grow without end.
-    model = record.model if record.provider or record.cache_hit else ""
-    principal, model, provider = map(searchable, (record.principal or "", model, record.provider))
-    return record.accepted_at // _DAY, principal, model, provider
+    return day_of(record), principal, model if provider or record.cache_hit else "", provider
 
 
 def summands(record: Record) -> list[int]:
@@ -93,7 +109,7 @@ def summands(record: Record) -> list[int]:
         1,
         int(record.cost is None),
         int(record.estimated),
-        *(getattr(usage, name) for name in TOKENS),
+        *_tokens_of(usage),
         record.cost or 0,
     ]
 

@@ -29,6 +29,7 @@ from crabtwist.ledger.columns import (
     columns_of,
     cursor_of,
     day_numbers,
+    day_of,
     end_of,
     searchable,
     summands,
@@ -193,7 +194,7 @@ def append(connection: Connection, records: Sequence[Record]) -> int:
         raise RecordRefused(f"PostgreSQL cannot hold it: {error.diag.message_primary}") from error
     except ValueError as error:
         raise RecordRefused(f"PostgreSQL cannot hold it: {error}") from error
-    if any(total_of(record)[0] > over_until for record in records):
+    if any(day_of(record) > over_until for record in records):
         fold(connection)
     return int(new)
 
@@ -204,7 +205,8 @@ def fold(connection: Connection) -> None:
 
 
 def _given(record: Record) -> dict[str, str | int]:
-    values = (*columns_of(record), *total_of(record), *summands(record))
+    columns = columns_of(record)
+    values: tuple[str | int, ...] = (*columns, *total_of(record, columns), *summands(record))
     return dict(zip(_GIVEN, values, strict=True))
 
 

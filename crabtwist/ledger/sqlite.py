@@ -191,9 +191,10 @@ class _File:
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             for record in records:
-                if self._database.execute(_INSERT, columns_of(record)).rowcount:
+                columns = columns_of(record)
+                if self._database.execute(_INSERT, columns).rowcount:
                     new += 1
-                    key, more = total_of(record), summands(record)
+                    key, more = total_of(record, columns), summands(record)
                     sums[key] = [*map(add, sums[key], more)] if key in sums else more
             sqlite_totals.add(self._database, sums)
         return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ from crabtwist.values import Answer, Call, Headers
 
 #: What people paste from documentation, and what the gateway adds itself.
 _ENDPOINTS = ("/chat/completions", "/embeddings", "/messages/count_tokens", "/messages")
+
+_NOT_ENCODED = (b"accept-encoding", b"identity")
 
 #: No list of models is longer.
 MOST_LIST_BYTES = 4 * 2**20
@@ -46,6 +49,7 @@ class Credential:
         return self.fields
 
 
+@lru_cache(maxsize=1024)  # the providers' own URLs, whoever asks
 def origin_of(url: str) -> str:
     """Return a URL's scheme, host and port, in one spelling."""
     parts = urlsplit(url)
@@ -107,8 +111,10 @@ class HTTPProvider:
         """Send the call; see `IProvider`."""
         url = self._urls[call.operation]
         target = url.encode() + (b"?" + call.query if call.query else b"")
-        fields = (*call.headers, *self._missing(call.headers), *self._credential.fields_for(url))
-        return self._request(b"POST", target, (*fields, (b"accept-encoding", b"identity")), call.body)
+        given = {name.lower() for name, _ in call.headers}
+        missing = [field for field in self._defaults if field[0] not in given]
+        fields = (*call.headers, *missing, *self._credential.fields_for(url), _NOT_ENCODED)
+        return self._agent.request(b"POST", target, OrderedHeaders(fields), BytesBody(call.body))
 
     def list_models(self) -> Deferred[list[str]]:
         """Ask the upstream for its models; fails with `UpstreamStatus` if it does not say."""
@@ -116,7 +122,7 @@ class HTTPProvider:
 
     async def _list_models(self) -> list[str]:
         fields = (*self._defaults, *self._credential.fields_for(self._models_url))
-        response = await self._request(b"GET", self._models_url.encode(), fields, None)
+        response = await self._agent.request(b"GET", self._models_url.encode(), OrderedHeaders(fields))
         body = await self._list_in(response)
         try:
             listed = msgspec.json.decode(body)
@@ -139,14 +145,6 @@ class HTTPProvider:
 
         await treq.collect(response, take)
         return bytes(body)
-
-    def _missing(self, given: Headers) -> Headers:
-        names = {name.lower() for name, _ in given}
-        return tuple((name, value) for name, value in self._defaults if name not in names)
-
-    def _request(self, method: bytes, target: bytes, fields: Headers, body: bytes | None) -> Deferred[Any]:
-        producer = None if body is None else BytesBody(body)
-        return self._agent.request(method, target, OrderedHeaders(fields), producer)
 
 
 def agent_for(name: str, services: Any, ca_file: str | None) -> IAgent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -13,6 +14,9 @@ from crabtwist.settings import Secret
 from crabtwist.values import AdminAction
 from crabtwist.web.admin_lock import NOT_THE_TOKEN, Administrator, AdminLock
 from crabtwist.web.answers import ADMIN, is_for_admin, path_not_found, send_refusal
+
+#: The values of header fields by names in lower case.
+Named = Mapping[bytes, Sequence[bytes]]
 
 #: Where everything is that needs a key.
 LOCKED = b"/v1/"
@@ -48,7 +52,7 @@ class Admission:
         """Admit or refuse."""
         try:
             if request.path in self._open_paths:
-                _refuse_body(request.requestHeaders)
+                _refuse_body(request.named)
                 return None
             if not request.path.startswith(LOCKED):
                 raise path_not_found(request.path)
@@ -60,8 +64,8 @@ class Admission:
                     raise path_not_found(request.path)
                 request.admission = self._administrator(request)
             else:
-                request.admission = self._authenticated(request.requestHeaders)
-            _refuse_encoded(request.requestHeaders)
+                request.admission = self._authenticated(request.named)
+            _refuse_encoded(request.named)
         except Refusal as refusal:
             return refusal
         return None
@@ -103,13 +107,11 @@ class Admission:
                 headers={"retry-after": str(STOPPING_RETRY_AFTER_SECONDS)},
             )
 
-    def _authenticated(self, headers: Any) -> VirtualKey | None:
+    def _authenticated(self, named: Named) -> VirtualKey | None:
         keys = self._gateway.keys
         if keys is None:
             return None
-        secret = credential(
-            headers.getRawHeaders(b"authorization", []), headers.getRawHeaders(b"x-api-key", [])
-        )
+        secret = credential(named.get(b"authorization", ()), named.get(b"x-api-key", ()))
         now = self._gateway.clock.seconds()
         key = keys.authenticate(secret, now)
         if key is None:
@@ -118,21 +120,24 @@ class Admission:
         return key
 
 
-def _refuse_body(headers: Any) -> None:
+def _refuse_body(named: Named) -> None:
     """Refuse what somebody without a key would make the gateway keep."""
-    length = headers.getRawHeaders(b"content-length", [b"0"])[0]
-    if headers.hasHeader(b"transfer-encoding") or int(length):
+    length = named.get(b"content-length", (b"0",))[0]
+    if b"transfer-encoding" in named or int(length):
         raise Refusal(413, "body_not_wanted", "this path takes no body")
 
 
 def _refuse_unreadable(path: bytes) -> None:
+    if b"%" not in path:
+        # A target is ASCII as it is sent.
+        return
     try:
         unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
         raise Refusal(400, "invalid_path", "the path is not UTF-8") from None
 
 
-def _refuse_encoded(headers: Any) -> None:
-    encodings = headers.getRawHeaders(b"content-encoding", [])
-    if any(encoding.strip().lower() not in (b"", b"identity") for encoding in encodings):
-        raise Refusal(415, "content_encoding", "send the body as it is, without Content-Encoding")
+def _refuse_encoded(named: Named) -> None:
+    for encoding in named.get(b"content-encoding", ()):
+        if encoding.strip().lower() not in (b"", b"identity"):
+            raise Refusal(415, "content_encoding", "send the body as it is, without Content-Encoding")

@@ -25,8 +25,8 @@ def is_for_admin(path: bytes) -> bool:
 
 def asks_as_anthropic(request: Any) -> bool:
     """Tell whether a request looks like one of Anthropic's clients: by its version, or by its key's place."""
-    has = request.requestHeaders.hasHeader
-    return bool(has(b"anthropic-version") or (has(b"x-api-key") and not has(b"authorization")))
+    named = request.named
+    return b"anthropic-version" in named or (b"x-api-key" in named and b"authorization" not in named)
 
 
 def path_not_found(path: bytes) -> Refusal:

@@ -81,7 +81,7 @@ def shortcuts(app: Klein) -> Mapping[tuple[bytes, bytes], Callable[[Any], None]]
 def _serve(app: Klein, endpoint: str, request: Any) -> None:
     # An exchange finishes its request, and its Deferred never fails.
     serving: Any = app.execute_endpoint(endpoint, request)
-    request.notifyFinish().addErrback(lambda _: serving.cancel())
+    request.when_left(serving.cancel)
 
 
 def _endpoints(administration: Administration | None, inside: Inside | None) -> list[Endpoint]:

@@ -60,9 +60,13 @@ class Load:
         self._name = name
         self._number = 0
         self._open: list[str] = []
+        self._settled: list[str] = []
         self._report = os.open(folder / "report", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def some(self, journal: Journal) -> None:
+        # A settlement is noted at the end of the reactor's turn.
+        while self._settled:
+            os.write(self._report, f"S {self._settled.pop()}\n".encode())
         while len(self._open) < OPEN:
             self._number += 1
             reserved = f"{self._name}-{self._number}"
@@ -86,7 +90,7 @@ class Load:
                     id=settled, principal="alice", provider="acme", reason="complete", usage=usage, cost=cost
                 )
             )
-            os.write(self._report, f"S {settled}\n".encode())
+            self._settled.append(settled)
 
 
 def main(folder: Path, name: str) -> None:

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SkipTest
 
 from crabtwist.errors import RecordRefused, StorageError
 from crabtwist.ledger import postgres_tables
-from crabtwist.ledger.columns import SUMS, summands, total_of
+from crabtwist.ledger.columns import SUMS, columns_of, summands, total_of
 from crabtwist.ledger.postgres import PostgresLedger, PostgresLedgerSettings
 from crabtwist.records import Record, Tokens
 from crabtwist.settings import Secret
@@ -33,7 +33,7 @@ FOLD = postgres_tables.fold
 
 def insert_1(each: Record) -> str:
     """Return what inserts a total by everything, of one record, as it was kept in version 1."""
-    day, *who = total_of(each)
+    day, *who = total_of(each, columns_of(each))
     values = ", ".join(f"'{name}'" for name in who)
     table = "crabtwist_total AS old"
     key = "(grouping_by, day, principal, model, provider)"
