@@ -79,7 +79,6 @@ OUTBUILDINGS = (
     (
         (*WORDS, *GRAMMAR),
         (
-            "extensions.logging",
             "extensions.rate_limit",
             "extensions.budget_refusals",
             "extensions.budget",
@@ -90,6 +89,8 @@ OUTBUILDINGS = (
             "extensions.rotating_file",
             "extensions.redaction",
             "extensions.audit_trail",
+            "extensions.logging_file",
+            "extensions.logging",
             "extensions.audit",
         ),
     ),
@@ -151,6 +152,7 @@ TESTED_BY = {
     "providers.local": "test_echo",
     "providers": "test_http_providers",
     "extensions.logging": "test_logging_extension",
+    "extensions.logging_file": "test_logging_extension",
     "extensions.rate_limit": "test_rate_limit",
     "meters": "test_rate_limit",
     "extensions.rotating_file": "test_audit",

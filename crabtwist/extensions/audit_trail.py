@@ -25,16 +25,17 @@ class Trail:
     Writes lines to a file, and never raises for it.
 
     `failures` counts the writes that failed, `lost` the lines that are in no file and never will be.
-    `clock` is what is asked when to try again.
+    `clock` is what is asked when to try again, and `what` names the whole in the log.
     """
 
     _log = Logger()
 
-    def __init__(self, file: RotatingFile, clock: Any) -> None:
+    def __init__(self, file: RotatingFile, clock: Any, what: str = "the audit") -> None:
         self.failures = 0
         self.lost = 0
         self._file = file
         self._clock = clock
+        self._what = what
         self._is_open = False
         self._failing = False
         self._tried_at = 0.0
@@ -54,7 +55,7 @@ class Trail:
         self._file.close()
         if self._waiting:
             self.lost += len(self._waiting)
-            self._log.critical("the audit ends without {lost} of its lines", lost=self.lost)
+            self._log.critical("{what} ends without {lost} of its lines", what=self._what, lost=self.lost)
 
     def works(self) -> bool:
         """Whether the file takes lines, as far as is known; finds out where it did not."""
@@ -97,7 +98,9 @@ class Trail:
             self._failed(error, now)
             return False
         self._failing = False
-        self._log.info("the audit is written again; {lost} lines were lost so far", lost=self.lost)
+        self._log.info(
+            "{what} is written again; {lost} lines were lost so far", what=self._what, lost=self.lost
+        )
         return True
 
     def _failed(self, error: OSError, now: float) -> None:
@@ -105,4 +108,4 @@ class Trail:
         self._tried_at = now
         if not self._failing:
             self._failing = True
-            self._log.critical("the audit cannot be written: {why}", why=error)
+            self._log.critical("{what} cannot be written: {why}", what=self._what, why=error)
