@@ -363,6 +363,25 @@ class FailureTests(AuditTestCase):
             torn, *whole = file.read().splitlines()
         self.assertEqual((50, "abc"), (len(torn), "".join(json.loads(line)["request_id"] for line in whole)))
 
+    def test_disk_full_within_several(self) -> None:
+        """Of several lines that were one write, those that found room are not written again."""
+        for space, torn in ((3, b""), (4, b"b"), (5, b"bb"), (6, b"")):
+            path = self.directory / f"lines-{space}"
+            trail = audit_trail.Trail(RotatingFile(path, 2**40, 0), self.clock)
+            trail.open()
+            os.truncate(path, 2**33)
+            self.clock.advance(1)
+            with full_disk_at(path, 2**33 + space):
+                trail.write(b"aa\nbb\ncc\n")
+            self.clock.advance(1)
+            self.assertTrue(trail.works())
+            trail.close()
+            with path.open("rb") as file:
+                file.seek(2**33)
+                lines = file.read().splitlines()
+            whole = [b"aa", *([torn] if torn else []), b"bb", b"cc"]
+            self.assertEqual((whole, 0), (lines, trail.lost), space)
+
     def test_stop(self) -> None:
         """A stop tries once more, and says how much is lost; what comes later is lost too."""
         made = self.broken()

@@ -161,7 +161,7 @@ class AskingTests(EndpointTestCase):
         self.assertEqual((400, "invalid_body"), said.refusal)
         for part in ("egs: unknown key", "eggs: must be greater", "name: is missing"):
             self.assertIn(part, said.json["error"]["message"])
-        deep = b'{"a":' * 5000 + b"1" + b"}" * 5000
+        deep = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
         for body in (b"[]", b"{", b"null", b'"x"', b"\xff", b'{"name":"\\ud800"}', deep):
             self.assertEqual((400, "invalid_json"), self.bake(body).refusal, body[:20])
         self.assertEqual([], self.asked)

@@ -53,15 +53,14 @@ dollars = 1_000_000_000.0
 [extensions.usage]
 
 [extensions.logging]
-{log}
+path = "requests.jsonl"
+
 [storage]
 kind = "sqlite"
 
 [ledger]
 kind = "sqlite"
 """
-
-_LOG_FILE = 'path = "requests.jsonl"\n'
 
 _ALL_EXTENSIONS = """
 [extensions.audit]
@@ -143,7 +142,7 @@ class Everything(_Crabtwist):
         "SQLite, metrics. The cache is off: all bodies differ."
     )
     admin = 'admin_token = "ct-bench-admin"\n'
-    rest = _EVERYTHING.format(log="")
+    rest = _EVERYTHING
 
 
 class Extended(_Crabtwist):
@@ -151,11 +150,8 @@ class Extended(_Crabtwist):
 
     name = "extended"
     title = "crabtwist, all extensions"
-    note = (
-        "As everything on, with the log lines in a file of their own, the audit and the cache, which has to "
-        "keep each answer: all bodies differ."
-    )
-    rest = _EVERYTHING.format(log=_LOG_FILE) + _ALL_EXTENSIONS
+    note = "As everything on, with the audit and the cache, which has to keep each answer: all bodies differ."
+    rest = _EVERYTHING + _ALL_EXTENSIONS
 
 
 class Unextended(_Crabtwist):

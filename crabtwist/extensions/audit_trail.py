@@ -1,5 +1,5 @@
 """
-The audit's lines on their way into the file, and what becomes of them while it takes none.
+Lines on their way into a file, and what becomes of them while it takes none.
 
 They wait in memory, up to a bound, and are written when the file takes them again, in order.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from crabtwist.extensions.rotating_file import RotatingFile
+from crabtwist.extensions.rotating_file import CutShort, RotatingFile
 
 #: How often a file that took no line is tried again.
 RETRY_SECONDS = 1.0
@@ -54,7 +54,7 @@ class Trail:
         self._is_open = False
         self._file.close()
         if self._waiting:
-            self.lost += len(self._waiting)
+            self.lost += sum(lines.count(b"\n") for lines in self._waiting)
             self._log.critical("{what} ends without {lost} of its lines", what=self._what, lost=self.lost)
 
     def works(self) -> bool:
@@ -64,29 +64,29 @@ class Trail:
         now = self._clock.seconds()
         return not 0.0 <= now - self._tried_at < RETRY_SECONDS and self._try_again(now)
 
-    def write(self, line: bytes) -> None:
-        """Write a line, its end included, now or later."""
+    def write(self, lines: bytes) -> None:
+        """Write one line or several, their ends included, now or later."""
         if not self._is_open:
-            self.lost += 1
+            self.lost += lines.count(b"\n")
         elif self._failing and not self.works():
-            self._keep(line)
+            self._keep(lines)
         else:
-            self._write_or_keep(line)
+            self._write_or_keep(lines)
 
-    def _write_or_keep(self, line: bytes) -> None:
+    def _write_or_keep(self, lines: bytes) -> None:
         now = self._clock.seconds()
         try:
-            self._file.append(line, now)
+            self._file.append(lines, now)
         except OSError as error:
             self._failed(error, now)
-            self._keep(line)
+            self._keep(_rest(error, lines))
 
-    def _keep(self, line: bytes) -> None:
-        if self._waiting_bytes + len(line) > MOST_WAITING_BYTES:
-            self.lost += 1
+    def _keep(self, lines: bytes) -> None:
+        if self._waiting_bytes + len(lines) > MOST_WAITING_BYTES:
+            self.lost += lines.count(b"\n")
             return
-        self._waiting.append(line)
-        self._waiting_bytes += len(line)
+        self._waiting.append(lines)
+        self._waiting_bytes += len(lines)
 
     def _try_again(self, now: float) -> bool:
         try:
@@ -95,6 +95,9 @@ class Trail:
                 self._file.append(self._waiting[0], now)
                 self._waiting_bytes -= len(self._waiting.popleft())
         except OSError as error:
+            if self._waiting:
+                whole, self._waiting[0] = self._waiting[0], _rest(error, self._waiting[0])
+                self._waiting_bytes -= len(whole) - len(self._waiting[0])
             self._failed(error, now)
             return False
         self._failing = False
@@ -109,3 +112,8 @@ class Trail:
         if not self._failing:
             self._failing = True
             self._log.critical("{what} cannot be written: {why}", what=self._what, why=error)
+
+
+def _rest(error: OSError, lines: bytes) -> bytes:
+    """Return what has still to be written of lines that an error kept from the file."""
+    return error.rest if isinstance(error, CutShort) else lines

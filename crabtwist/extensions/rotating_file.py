@@ -22,6 +22,14 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
 _MODE = 0o600
 
 
+class CutShort(OSError):
+    """Only a part of what was to be written found room; `rest` is what remains, the cut line first."""
+
+    def __init__(self, path: Path, rest: bytes) -> None:
+        super().__init__(errno.ENOSPC, "took only a part of what was to be written", str(path))
+        self.rest = rest
+
+
 class RotatingFile:
     """
     The file at `path`, of at most `max_bytes` (but at least one line), and `keep_files` older ones.
@@ -71,24 +79,26 @@ class RotatingFile:
         if file is not None:
             os.close(file)
 
-    def append(self, line: bytes, now: float) -> None:
+    def append(self, lines: bytes, now: float) -> None:
         """
-        Write a line, its end included; `now` is in seconds.
+        Write one line or several, their ends included; `now` is in seconds.
 
-        Raises OSError, when none of it counts: a part that was written is left as a line of its own.
+        Raises OSError when none of it counts, `CutShort` when some of it does: the part of a line that was
+        written is left as a line of its own.
         """
         if not 0.0 <= now - self._looked_at < LOOK_SECONDS:
             self._look(now)
-        if self._size_bytes and self._size_bytes + len(line) > self._max_bytes and not self._stays:
+        if self._size_bytes and self._size_bytes + len(lines) > self._max_bytes and not self._stays:
             self._put_aside()
         if self._file is None:
             raise OSError(errno.EBADF, "is not open", str(self._path))
-        data = b"\n" + line if self._torn else line
+        data = b"\n" + lines if self._torn else lines
         written = os.write(self._file, data)
         self._size_bytes += written
-        self._torn = written < len(data)
-        if self._torn:
-            raise OSError(errno.ENOSPC, "took only a part of a line", str(self._path))
+        begun = written if written == len(data) else data.rfind(b"\n", 0, written) + 1
+        self._torn = begun < written
+        if written < len(data):
+            raise CutShort(self._path, data[begun:])
 
     def _look(self, now: float) -> None:
         self._looked_at = now
