@@ -1,4 +1,4 @@
-"""Every request in the ledger: noted in the journal at once, delivered behind everybody's back."""
+"""Every request in the ledger: noted in the journal when it begins and ends, delivered in the background."""
 
 from __future__ import annotations
 

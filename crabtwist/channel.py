@@ -1,10 +1,10 @@
 """
 The server's side of HTTP/1.1: strict in what it takes, bounded in what it keeps.
 
-Twisted's channel writes; the reading is ours.  llhttp judges each head and each chunk byte by byte, and
-is never fed past the end of one, so what belongs to which request is decided here and only once.
-Whatever two servers could read differently is refused (RFC 9112, section 11.2), and after a refusal
-nothing more of that connection is read.
+Twisted's channel keeps requests and producers; the reading is ours, and so is the writing of answers whose
+head is said with `say_head`.  llhttp judges each head and each chunk byte by byte, and is never fed past the
+end of one, so what belongs to which request is decided here and only once.  Whatever two servers could read
+differently is refused (RFC 9112, section 11.2), and after a refusal nothing more of that connection is read.
 """
 
 from __future__ import annotations

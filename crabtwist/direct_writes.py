@@ -2,7 +2,7 @@
 Writing to a socket at once, where nothing waits to be written before.
 
 Twisted's transports keep what is written, ask the reactor to tell when the socket takes more, and send at
-its next turn.  That gathers what is written in a hurry, and costs what is written in peace two system calls
+its next turn.  That gathers writes which follow each other closely, and costs a single one two system calls
 and a turn's delay.  Here the socket is asked first; what it does not take goes the transport's own way, with
 its back-pressure, and so does all that follows until that has left.
 """
@@ -13,6 +13,9 @@ from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.tcp import Connection
+
+#: A write that comes so soon after another waits for the reactor's turn, to leave together with what follows.
+PEACE_SECONDS = 0.005
 
 
 def send_now(transport: Any, pieces: list[bytes]) -> list[bytes]:
@@ -43,15 +46,11 @@ def _may_send(wire: Any) -> bool:
     return bool(wire.connected and is_empty and not is_ending and not wire.TLS)
 
 
-#: A connection that was silent for so long is in no hurry: its next bytes need not wait for more of them.
-PEACE_SECONDS = 0.005
-
-
 class DirectWriter:
     """
-    What is written to one connection.
+    What is written to one connection; `clock` tells which writes follow each other closely.
 
-    What cannot be sent at once, and what is written in a hurry, goes the transport's own way.
+    Those, and what cannot be sent at once, go the transport's own way.
     """
 
     def __init__(self, transport: Any, clock: IReactorTime) -> None:
@@ -65,7 +64,7 @@ class DirectWriter:
         self._held += data
 
     def write(self, data: bytes) -> None:
-        """Write some of what goes on: at once if that is in peace, else at the reactor's next turn."""
+        """Write some of what goes on: at once, or closely after another at the reactor's next turn."""
         now = self._clock.seconds()
         is_in_peace = now - self._written_at >= PEACE_SECONDS
         self._written_at = now

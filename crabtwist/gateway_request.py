@@ -17,6 +17,7 @@ from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.server import Request
 
 from crabtwist.errors import Refusal, internal_error
+from crabtwist.headers import header_map
 from crabtwist.http_reader import Head
 from crabtwist.values import Headers
 
@@ -62,10 +63,7 @@ class GatewayRequest(Request):
     @cached_property
     def requestHeaders(self) -> HeaderMap:  # type: ignore[override]  # Twisted's are plain attributes
         """The header fields as Twisted has them."""
-        headers = HeaderMap()
-        for name, value in self.fields:
-            headers.addRawHeader(name, value)
-        return headers
+        return header_map(self.fields)
 
     @cached_property
     def responseHeaders(self) -> HeaderMap:  # type: ignore[override]

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from twisted.web.http_headers import Headers as HeaderMap
+
 from crabtwist.values import Headers
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), or that each hop makes anew.
@@ -77,6 +79,14 @@ def _begun(name: bytes) -> bytes:
     if not _TOKEN.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a header field")
     return name + b": "
+
+
+def header_map(fields: Headers) -> HeaderMap:
+    """Return fields in a form in which Twisted looks them up."""
+    by_name = HeaderMap()
+    for name, value in fields:
+        by_name.addRawHeader(name, value)
+    return by_name
 
 
 def first(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

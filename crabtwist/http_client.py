@@ -263,6 +263,9 @@ class HTTP1ClientProtocol(Protocol):
         head, exchange.head = exchange.head, None
         parser = exchange.parser
         assert head is not None
+        if exchange.upload is None or exchange.upload.finished:
+            # An answer may go on for hours, and nobody needs what was asked any more.
+            exchange.request = exchange.request.without_body()
         head.callback(
             HTTP1Response(
                 version=parser.version,

@@ -241,24 +241,33 @@ class _HeardHead:
         self.is_complete = True
 
 
+#: Pieces of a body that are smaller are put together as they come.
+SMALL_PIECE_BYTES = 4096
+
+
 class BodyReader:
     """One body of a known length."""
 
     def __init__(self, length: int) -> None:
         self.body = b""
         self._missing_bytes = length
-        self._parts = bytearray()
+        self._parts: list[bytes | bytearray] = []
 
     def take(self, data: bytes) -> bytes | None:
         """Return what follows the body, or None if its end has not come."""
         piece = data[: self._missing_bytes]
         self._missing_bytes -= len(piece)
-        if self._missing_bytes or self._parts:
-            self._parts += piece
+        if len(piece) < SMALL_PIECE_BYTES and self._parts:
+            # Each piece as it came would weigh many times what is in it.
+            if not isinstance(self._parts[-1], bytearray):
+                self._parts.append(bytearray())
+            self._parts[-1] += piece
+        else:
+            self._parts.append(piece)
         if self._missing_bytes:
             return None
-        self.body = bytes(self._parts) or piece
-        self._parts = bytearray()
+        parts, self._parts = self._parts, []
+        self.body = piece if len(parts) == 1 else b"".join(parts)
         return data[len(piece) :]
 
 

@@ -15,7 +15,7 @@ from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IClientRequest
 from zope.interface import implementer
 
-from crabtwist.http_response import header_map
+from crabtwist.headers import header_map
 from crabtwist.values import Headers
 
 #: What a method, or a field's name, is made of (RFC 9110, 5.6.2).
@@ -161,6 +161,10 @@ class HTTP1Request:
         if self.body is None:
             return b""
         return self.body.data if isinstance(self.body, BytesBody) else None
+
+    def without_body(self) -> HTTP1Request:
+        """Return what is left of it once its body has gone out."""
+        return HTTP1Request(self.method, self.absoluteURI, self.headers, self.head)
 
 
 @implementer(IPushProducer)

@@ -19,6 +19,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IClientRequest, IResponse
 from zope.interface import implementer
 
 from crabtwist.errors import ConnectionBroken
+from crabtwist.headers import header_map
 from crabtwist.values import Headers
 
 _log = Logger()
@@ -33,14 +34,6 @@ _CONTROLS: Final = bytes([*range(9), *range(10, 32), 127])
 
 #: How a whole body ends; one for all, as twisted's `connectionDone` is.
 WHOLE: Final = Failure(ResponseDone())
-
-
-def header_map(fields: Headers) -> HeaderMap:
-    """Return fields in a form in which they can be looked up."""
-    by_name = HeaderMap()
-    for name, value in fields:
-        by_name.addRawHeader(name, value)
-    return by_name
 
 
 class _Stop(Exception):

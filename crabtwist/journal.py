@@ -242,7 +242,7 @@ class Journal:
             self.dropped_reservations += 1
 
     def settle(self, record: Record) -> None:
-        """Note how a request ended; once, whether it was reserved or not."""
+        """Note how a request ended; once, reserved or not.  In the file by the end of the reactor's turn."""
         line = self._line(SETTLED, record)
         reserved = record.id in self._open
         if line is not None and (reserved or self._has_room(line)) and self._append(line):

@@ -59,7 +59,8 @@ def status_class(status: int) -> str:
     return "4xx" if 400 <= status < 500 else "5xx"
 
 
-#: Whether to show since when each is counted: the environment may tell prometheus_client not to.
+#: Whether to show since when each is counted: PROMETHEUS_DISABLE_CREATED_SERIES in the environment tells
+#: prometheus_client not to, which says so only by what it shows.
 _SINCE = len(next(iter(Counter("some", "Some.", registry=None).collect())).samples) > 1
 
 #: Values of labels, in the order of their names.

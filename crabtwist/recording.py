@@ -59,8 +59,8 @@ class Recording:
     that was taken whole, None for any other.
 
     A cache makes it, is its `keeper`, and gives it to all who ask the same; it is followed, then led (for
-    whoever leads reads as well), then `begin`, the methods of a `crabtwist.relay.Sink`, and `settle` say
-    what comes, or `fail` that nothing does.
+    whoever leads reads as well), then `begin` and the methods of a `crabtwist.relay.Sink` say what comes, or
+    `take` all of it at once, and `settle` that this was it; or `fail` says that nothing comes.
     """
 
     def __init__(self, max_bytes: int, keeper: Keeper = _NOBODY) -> None:

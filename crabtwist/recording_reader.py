@@ -11,6 +11,7 @@ from twisted.web.http_headers import Headers as HeaderMap
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
+from crabtwist.headers import header_map
 from crabtwist.values import Headers
 
 
@@ -61,10 +62,7 @@ class Reader:
     @cached_property
     def headers(self) -> HeaderMap:
         """The fields, for who does not read `raw_headers`."""
-        headers = HeaderMap()
-        for name, value in self.raw_headers:
-            headers.addRawHeader(name, value)
-        return headers
+        return header_map(self.raw_headers)
 
     def setPreviousResponse(self, response: IResponse) -> None:
         """There never is one."""

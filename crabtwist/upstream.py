@@ -138,7 +138,7 @@ class UpstreamAgent:
         """
         try:
             origin, target = parse_uri(uri)
-            pool = self._pools.get(origin) or self._pool(origin)
+            pool = self._pools.get(origin) or self._new_pool(origin)
             head = render_head(method, target, pool.host_field, headers, bodyProducer)
         except ValueError as why:
             return fail(why)
@@ -202,7 +202,7 @@ class UpstreamAgent:
         closing = [gone for pool in self._pools.values() for gone in pool.close()]
         return DeferredList(closing).addCallback(lambda _: None)
 
-    def _pool(self, origin: Origin) -> ConnectionPool:
+    def _new_pool(self, origin: Origin) -> ConnectionPool:
         pool = ConnectionPool(self._reactor, origin, self._limits, self._endpoint(origin))
         self._pools[origin] = pool
         return pool

@@ -23,7 +23,7 @@ from twisted.web.server import NOT_DONE_YET
 from crabtwist.channel import MAX_PIPELINED_BYTES
 from crabtwist.errors import Refusal
 from crabtwist.gateway_request import GatewayRequest
-from crabtwist.http_reader import HTTPLimits
+from crabtwist.http_reader import BodyReader, HTTPLimits
 from crabtwist.listener import GatewayFactory
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -106,6 +106,17 @@ class ReadingTests(ChannelTestCase):
         self.send(CHUNKED + b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
         self.assertEqual([request.body for request in self.desk.requests], [b"hello", b"", b"a" * 5000])
         self.assertIsNone(self.desk.requests[0].getHeader("x-late"))
+
+    def test_body_in_pieces(self) -> None:
+        """A body is put together from pieces of any size, and what follows it is not its."""
+        body = bytes(range(256)) * 100
+        for sizes in ((1,) * 20, (5000, 1, 1, 5000, 4096, 4095, 2), (len(body) + 4,), (1, 9000, 9000)):
+            reader, rest, position = BodyReader(len(body)), None, 0
+            for size in (*sizes, len(body)):
+                piece = (body + b"next")[position : position + size]
+                position += size
+                rest = reader.take(piece) if rest is None else rest
+            self.assertEqual((body, True), (reader.body, b"next".startswith(rest or b"n")))
 
     @given(st.lists(st.binary(min_size=1, max_size=40)), st.lists(st.integers(0, 500)))
     @settings(deadline=None)

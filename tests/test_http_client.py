@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
-from typing import Any
+import weakref
+from typing import Any, cast
 
 import treq
 from hypothesis import given, settings
@@ -104,6 +105,17 @@ class AnswerTests(ConnectionTestCase):
             for piece in pieces:
                 self.wire.say(piece)
             self.assertEqual(b"hello", self.successResultOf(response))
+
+    def test_body_goes_with_the_head(self) -> None:
+        """What was asked is kept no longer than until the answer begins, which may go on for hours."""
+        body = BytesBody(b"question")
+        kept = weakref.ref(body)
+        head = self.send(body, b"POST")
+        del body
+        self.assertIsNotNone(kept())
+        self.wire.say(OK + b"\r\n")
+        self.assertIsNone(cast(HTTP1Request, self.successResultOf(head).request).body)
+        self.assertIsNone(kept())
 
     def test_all_at_once(self) -> None:
         """Of an answer that came in one piece, whoever is told of its head can read all in that moment."""

@@ -10,7 +10,7 @@ Where the store is one that nodes share, the limits are those of all nodes toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
@@ -73,6 +73,7 @@ class RateLimitExtension(Extension, Service):
 
     def __init__(self, settings: RateLimitSettings, services: Any) -> None:
         self._settings = settings
+        self._refuses_alone = settings.without_store == "refuse"
         self._clock = services.clock
         self._leases: Leases | None = None
         if services.storage is not None and services.storage.between_nodes:
@@ -100,8 +101,8 @@ class RateLimitExtension(Extension, Service):
             self._forget_idle(now)
         estimate = _estimate(context)
         meters = self._meters_for(context, now)
-        if self._leases is not None and not self._leases.in_touch:
-            self._refuse_out_of_touch(meters)
+        if meters and self._refuses_alone and self._leases is not None and not self._leases.in_touch:
+            raise _out_of_touch(meters[0])
         faults = [fault for meter in meters if (fault := meter.fault(now, estimate))]
         if faults:
             words, seconds = max(faults, key=itemgetter(1))
@@ -126,18 +127,6 @@ class RateLimitExtension(Extension, Service):
         change = {kind: used[kind] - charge.estimate[kind] for kind in KINDS}
         for meter, cells in charge.places:
             meter.settle(cells, change)
-
-    def _refuse_out_of_touch(self, meters: Iterable[Meter]) -> None:
-        if self._settings.without_store == "local":
-            return
-        for meter in meters:
-            raise Refused(
-                503,
-                None,
-                f"the store that says how much of its limits {meter.whose} has used does not answer",
-                {"retry-after": str(STORE_RETRY_SECONDS)},
-                slug="store_unreachable",
-            )
 
     def _meters_for(self, context: Context, now: float) -> list[Meter]:
         settings, key = self._settings, context.principal or "anybody"
@@ -201,6 +190,16 @@ class RateLimitExtension(Extension, Service):
                 said[limit_name] = str(limit)
                 said[left_name] = str(left) if left > 0 else "0"
                 said[reset_name] = reset(clear_at, now)
+
+
+def _out_of_touch(meter: Meter) -> Refused:
+    return Refused(
+        503,
+        None,
+        f"the store that says how much of its limits {meter.whose} has used does not answer",
+        {"retry-after": str(STORE_RETRY_SECONDS)},
+        slug="store_unreachable",
+    )
 
 
 def _whose(scope: str, key: str = "", model: str = "") -> str:

@@ -1,9 +1,9 @@
 """
 Lines appended to one file, which is put aside when it has grown large.
 
-A line is one write to the end of the file, so it survives the death of the process, and no two of them
-mix.  What was put aside is called `NAME.1`, `NAME.2` and so on, the newest first.  When somebody else
-puts the file aside, as logrotate does, a new one is begun within a second.
+What is appended, one line or several, is one write to the end of the file, so it survives the death of the
+process, and no two of them mix.  What was put aside is called `NAME.1`, `NAME.2` and so on, the newest first.
+When somebody else puts the file aside, as logrotate does, a new one is begun within a second.
 """
 
 from __future__ import annotations
