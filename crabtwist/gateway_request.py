@@ -145,16 +145,17 @@ class GatewayRequest(Request):
         None of them may frame the body: that is done by `length`, or without one in chunks.  Once, and in
         the place of `setResponseCode` and `responseHeaders`, which cost five times as much.
         """
-        self.code, self.code_message = status, REASONS.get(status, b"Unknown Status")
-        self.startedWriting = 1
-        bodiless = self.method == b"HEAD" or status in NO_BODY_CODES
+        reason = REASONS.get(status, b"Unknown Status")
+        bodiless, chunked = self.method == b"HEAD" or status in NO_BODY_CODES, False
         if length is not None and status not in NO_BODY_CODES:
             fields = (*fields, (b"content-length", b"%d" % length))
         elif not bodiless and self.clientproto == b"HTTP/1.1":
             fields = (*fields, (b"transfer-encoding", b"chunked"))
-            self.chunked = 1
+            chunked = True
+        self.channel.say_head(self.clientproto, status, reason, fields)
+        # Only now: of a head with a name that is none nothing was said, and another may follow.
+        self.code, self.code_message, self.startedWriting, self.chunked = status, reason, 1, int(chunked)
         self._is_head_said, self._is_bodiless, self._missing_bytes = True, bodiless, length
-        self.channel.say_head(self.clientproto, status, self.code_message, fields)
 
     def write(self, data: bytes) -> None:
         """Send some of the body; after a head that was set on the request as Twisted does it."""

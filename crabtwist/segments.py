@@ -91,7 +91,7 @@ class Segments:
         self._doomed: list[int] = []
         self._dirty = False
         self._waiting: list[bytes] = []
-        self._torn = False
+        self._mend = b""
         self._begin(found[-1] + 1 if found else 1)
 
     def _path(self, number: int) -> Path:
@@ -125,14 +125,13 @@ class Segments:
         full = self._file
         self._begin(self.last + 1)
         self._replaced.append(full)
-        self._torn = False
+        self._mend = b""
 
     def append(self, line: bytes) -> None:
         """Add a line, for `flush` to write."""
-        if self._torn and not self._waiting:
-            # What there is of a line that was torn must not become the beginning of the next, nor whole,
-            # where nothing but its end was missing: it counts as lost.
-            line = b"!\n" + line
+        if self._mend and not self._waiting:
+            # What there is of a line that was torn must not become the beginning of the next.
+            line = self._mend + line
         self._waiting.append(line)
         self._grow(len(line))
 
@@ -154,10 +153,14 @@ class Segments:
             why = str(error)
         if written:
             self._dirty = True
-            self._torn = data[written - 1] != LINE_END
+            self._mend = b"" if data[written - 1] == LINE_END else b"\n"
         if written < len(data):
             self._grow(written - len(data))
-            whole = sum(end <= written for end in accumulate(map(len, lines)))
+            # A line of which nothing but its end is missing is read like any other.
+            ends = [end - 1 for end in accumulate(map(len, lines))]
+            whole = sum(end <= written for end in ends)
+            if self._mend and written not in ends:
+                self._mend = b"!\n"
             raise CutShort(whole, why or f"only {written} of {len(data)} bytes were written")
 
     def lines(self, start: Place) -> Iterator[tuple[bytes, Place]]:

@@ -258,6 +258,18 @@ class SaidTests(ChannelTestCase):
             self.assertTrue(b"".join(self.writes).endswith(b"\r\n\r\n"))
             self.writes.clear()
 
+    def test_head_that_cannot_be_said(self) -> None:
+        """Of a head with a name that is none nothing is said, and another one frames its body by itself."""
+        request = self.ask()
+        self.assertRaises(ValueError, request.say_head, 200, ((b"no name", b"1"),), None)
+        request.say_head(500, (), 4)
+        request.write(b"oops")
+        request.finish()
+        said = b"".join(self.writes)
+        self.assertIn(b"\r\ncontent-length: 4\r\n", said)
+        self.assertTrue(said.endswith(b"\r\n\r\noops"))
+        self.assertNotIn(b"chunked", said)
+
     def test_flush(self) -> None:
         """The head of an answer that is still to come leaves alone if it has to."""
         request = self.ask()
