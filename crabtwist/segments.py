@@ -159,7 +159,7 @@ class Segments:
             # A line of which nothing but its end is missing is read like any other.
             ends = [end - 1 for end in accumulate(map(len, lines))]
             whole = sum(end <= written for end in ends)
-            if self._mend and written not in ends:
+            if written and self._mend and written not in ends:
                 self._mend = b"!\n"
             raise CutShort(whole, why or f"only {written} of {len(data)} bytes were written")
 
