@@ -6,8 +6,6 @@ With `bodies` it also keeps what was asked and answered, without what must not b
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Literal
 
 import attrs
@@ -16,7 +14,7 @@ from twisted.application.service import Service
 
 from crabtwist.errors import ConfigurationError, Refused, UpstreamError
 from crabtwist.extension import Extension
-from crabtwist.extensions.audit_trail import Trail
+from crabtwist.extensions.audit_trail import Trail, time_of, whole_text
 from crabtwist.extensions.redaction import Redactor, fault_in_pattern, without_credentials
 from crabtwist.extensions.rotating_file import RotatingFile
 from crabtwist.money import in_dollars
@@ -121,24 +119,9 @@ class AdminLine(msgspec.Struct, tag_field="event", tag="admin"):
 _encode = msgspec.json.Encoder().encode
 
 
-def _time(seconds: float) -> str:
-    second, microseconds = divmod(round(seconds * 1e6), 10**6)
-    return f"{_second(second)}.{microseconds // 1000:03d}Z"
-
-
-@lru_cache(maxsize=64)
-def _second(second: int) -> str:
-    # Dear, and many requests of a second share it.
-    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
-
-
 def _kept(text: str) -> str:
     # Peers choose these texts, and half a surrogate pair is no UTF-8.
-    return text if text.isascii() and len(text) <= LONGEST_TEXT else _whole(text[:LONGEST_TEXT])
-
-
-def _whole(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() and len(text) <= LONGEST_TEXT else whole_text(text[:LONGEST_TEXT])
 
 
 def _tokens(usage: Usage) -> TokensLine:
@@ -156,7 +139,7 @@ def _what_ended(context: Context, outcome: Outcome) -> tuple[Any, ...]:
     """Return the members of a request's line, in their order."""
     answered, usage, cost = outcome.model_answered, outcome.usage, outcome.cost
     return (
-        _time(context.started_at),
+        time_of(context.started_at),
         context.request_id,
         context.principal,
         context.operation,
@@ -229,7 +212,7 @@ class AuditExtension(Extension, Service):
         # Somebody may have sent a secret where a name should be.
         target, detail = without_credentials(action.target), without_credentials(action.detail)
         words = (action.actor, action.action, target, action.outcome, detail)
-        self.trail.write(_encode(AdminLine(_time(action.at), *map(_kept, words))) + b"\n")
+        self.trail.write(_encode(AdminLine(time_of(action.at), *map(_kept, words))) + b"\n")
 
 
 class _Part:

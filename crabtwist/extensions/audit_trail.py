@@ -7,6 +7,8 @@ They wait in memory, up to a bound, and are written when the file takes them aga
 from __future__ import annotations
 
 from collections import deque
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from twisted.logger import Logger
@@ -117,3 +119,23 @@ class Trail:
 def _rest(error: OSError, lines: bytes) -> bytes:
     """Return what has still to be written of lines that an error kept from the file."""
     return error.rest if isinstance(error, CutShort) else lines
+
+
+# What lines are made of, whoever writes them.
+
+
+def time_of(seconds: float) -> str:
+    """Return a Unix time as RFC 3339 has it, in UTC, to the millisecond."""
+    second, microseconds = divmod(round(seconds * 1e6), 10**6)
+    return f"{_second(second)}.{microseconds // 1000:03d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(second: int) -> str:
+    # Dear, and many requests of a second share it.
+    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
+
+
+def whole_text(text: str) -> str:
+    """Return a text with `?` for each half of a surrogate pair, which is no UTF-8."""
+    return text.encode("utf-8", "replace").decode()

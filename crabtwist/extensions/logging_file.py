@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
 import msgspec
 from twisted.internet.interfaces import IDelayedCall
 
 from crabtwist.errors import UpstreamError
-from crabtwist.extensions.audit_trail import Trail
+from crabtwist.extensions.audit_trail import Trail, time_of, whole_text
 from crabtwist.money import in_dollars
 from crabtwist.records import LONGEST_TEXT
 from crabtwist.values import Context, Outcome, Usage
@@ -66,17 +64,6 @@ class AttemptLine(msgspec.Struct, gc=False, tag_field="event", tag="attempt_fail
 _encode = msgspec.json.Encoder().encode
 
 
-def _time(seconds: float) -> str:
-    second, milliseconds = divmod(int(seconds * 1000), 1000)
-    return f"{_second(second)}.{milliseconds:03d}Z"
-
-
-@lru_cache(maxsize=2)
-def _second(second: int) -> str:
-    # Dear, and all lines of a second share it.
-    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
-
-
 def _line(record: RequestLine | AttemptLine) -> bytes:
     try:
         return _encode(record)
@@ -86,7 +73,7 @@ def _line(record: RequestLine | AttemptLine) -> bytes:
 
 
 def _whole(value: Any) -> Any:
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    return whole_text(value) if isinstance(value, str) else value
 
 
 def request_line(context: Context, outcome: Outcome, now: float) -> bytes:
@@ -96,7 +83,7 @@ def request_line(context: Context, outcome: Outcome, now: float) -> bytes:
     reason, first_byte_seconds = outcome.reason, outcome.first_byte_seconds
     return _line(
         RequestLine(
-            _time(now),
+            time_of(now),
             "info" if reason == "complete" else "warn",
             context.request_id,
             context.operation,
@@ -126,7 +113,7 @@ def attempt_line(context: Context, error: UpstreamError, now: float) -> bytes:
     """Return the line of an attempt that failed `now`, in Unix time, without its end."""
     detail = error.message[:LONGEST_TEXT]
     names = (context.request_id, context.provider, context.upstream_model)
-    return _line(AttemptLine(_time(now), "warn", *names, error.slug, detail))
+    return _line(AttemptLine(time_of(now), "warn", *names, error.slug, detail))
 
 
 class CollectedLines:
