@@ -20,7 +20,7 @@ ERROR = b"x-crabtwist-error"
 #: What frames a body is said by whoever sends it, and which request it was by the gateway.
 _REPLACED = frozenset({b"content-length", b"transfer-encoding", b"connection", REQUEST_ID})
 
-NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+NO_HEADERS: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class Downstream:
@@ -33,7 +33,11 @@ class Downstream:
     """
 
     def __init__(
-        self, request: Any, clock: IReactorTime, request_id: str, own_headers: Mapping[str, str] = NO_HEADERS
+        self,
+        request: Any,
+        clock: IReactorTime,
+        request_id: str,
+        own_headers: Mapping[bytes, bytes] = NO_HEADERS,
     ) -> None:
         self.status: int | None = None
         self.bytes_out = 0
@@ -57,12 +61,12 @@ class Downstream:
 
     def start(self, status: int, fields: Headers, length: int | None = None) -> None:
         """Send the head; without a length the body is chunked.  Once."""
-        own = [(name.encode(), word.encode()) for name, word in self._own_headers.items()]
-        replaced = _REPLACED.union([name for name, _ in own]) if own else _REPLACED
-        own.append((REQUEST_ID, self._request_id.encode()))
+        own = self._own_headers
+        replaced = _REPLACED.union(own) if own else _REPLACED
         if not self._ended:
             kept = [field for field in fields if field[0].lower() not in replaced]
-            self._request.say_head(status, (*kept, *own), length)
+            request_id = REQUEST_ID, self._request_id.encode()
+            self._request.say_head(status, (*kept, *own.items(), request_id), length)
         self.status = status
 
     def write(self, data: bytes) -> None:

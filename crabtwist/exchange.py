@@ -38,6 +38,9 @@ _log = Logger()
 #: A stop lasts seconds; another node, or the next process, will answer by then.
 STOPPING_RETRY_AFTER_SECONDS = 1
 
+#: Who ended it, why, and what was said of it.
+_Ending = tuple[EndedBy, str, str | None]
+
 
 class Exchange:
     """
@@ -84,25 +87,38 @@ class Exchange:
         self._model_answered: str | None = None
         self._cache_hit = False
         self._interrupted: ShuttingDown | None = None
+        #: How it ended for the client, where it goes on for others.
+        self._told: _Ending | None = None
         self._running: Deferred[None] | None = None
 
     def start(self) -> Deferred[None]:
-        """
-        Run it.
-
-        The Deferred fires when it has ended, and never fails; cancelling it is the client leaving.
-        """
+        """Run it; the Deferred fires when it has ended, and never fails."""
         running = Deferred.fromCoroutine(self.run())
         if self.outcome is None:
             self._running = running
         return running
+
+    def leave(self) -> None:
+        """End it for a client that has left: at once, unless others wait for the same answer."""
+        if self._lead is not None and self._lead.asks:
+            self._told = self._told or ("client", "client_left", None)
+            self._lead.leave()
+        else:
+            self._cancel()
 
     def interrupt(self, message: str) -> None:
         """End it now, telling the client why."""
         self._interrupted = ShuttingDown(message)
         if self._reply is not None:
             self._reply.relay.interrupt(self._interrupted)
-        elif self._running is not None:
+        elif self._lead is not None and self._lead.asks:
+            self._told = self._told or self._cancelled()
+            self._lead.leave()
+        else:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if self._running is not None:
             self._running.cancel()
 
     async def run(self) -> None:
@@ -112,7 +128,7 @@ class Exchange:
         try:
             ended_by, reason, message = await self._answer()
         except CancelledError:
-            ended_by, reason, message = self._cancelled()
+            ended_by, reason, message = self._told or self._cancelled()
         except Exception as error:
             _log.failure("request {request_id} failed", request_id=self.context.request_id)
             message = type(error).__name__
@@ -125,7 +141,7 @@ class Exchange:
             # These refer back, and would be there until Python looks for such garbage.
             self._dispatch = self._lead = self._running = None
 
-    async def _answer(self) -> tuple[EndedBy, str, str | None]:
+    async def _answer(self) -> _Ending:
         """Answer, with whatever there is to be said, and return how that ended."""
         try:
             candidates, dispatch = self._read()
@@ -181,7 +197,7 @@ class Exchange:
 
     # Relaying.
 
-    async def _relay(self, reply: Reply, dispatch: Dispatch) -> tuple[EndedBy, str, str | None]:
+    async def _relay(self, reply: Reply, dispatch: Dispatch) -> _Ending:
         headers, whole = (*reply.headers, (FIDELITY, dispatch.fidelity)), reply.whole
         if whole is not None:
             told = self._give(Answer(reply.status, headers, whole))
@@ -231,19 +247,25 @@ class Exchange:
                 self.context, self._request.body, Answer(reply.status, reply.headers, copy)
             )
 
-    async def _share(
-        self, recording: Recording, candidates: list[Deployment], dispatch: Dispatch
-    ) -> tuple[EndedBy, str, str | None]:
+    async def _share(self, recording: Recording, candidates: list[Deployment], dispatch: Dispatch) -> _Ending:
         """Give an answer that others are given too; the first has to ask for it."""
         if self._abandoned:
             raise CancelledError
-        following = recording.follow()
         if recording.led:
             self._cache_hit = True
+            found = await recording.follow()
         else:
-            self._lead = Lead(recording, dispatch, partial(self._heard, dispatch))
-            self._lead.begin(candidates)
-        found = await following
+            self._lead = Lead(recording, dispatch, partial(self._heard, dispatch), self._cancel)
+            try:
+                asked = await self._lead.ask(candidates)
+            except UpstreamError:
+                if self._told is None:
+                    raise
+                return self._told
+            if self._told is not None:
+                return self._told
+            assert asked is not None, "it has not left"
+            found = asked if isinstance(asked, Answer) else await asked
         if isinstance(found, Answer):
             return self._give(found)
         try:
@@ -255,7 +277,7 @@ class Exchange:
         self._model_answered = self._model_answered or reply.reader.model
         return _told(reply, end)
 
-    def _give(self, answer: Answer) -> tuple[EndedBy, str, str | None]:
+    def _give(self, answer: Answer) -> _Ending:
         """Give a plain answer that is whole: nothing of it has to be waited for."""
         if self._abandoned:
             raise CancelledError
@@ -280,7 +302,7 @@ class Exchange:
             refusal = Refusal(error.status, error.slug, error.message)
             self._client.answer(refusal_answer(refusal, self._operation.dialect, self.context.request_id))
 
-    def _cancelled(self) -> tuple[EndedBy, str, str | None]:
+    def _cancelled(self) -> _Ending:
         if self._interrupted is None and self._client.open:
             # An extension or a provider gave up by itself; the client still waits for an answer.
             _log.failure("request {request_id} was cancelled", request_id=self.context.request_id)
@@ -346,7 +368,7 @@ class Exchange:
         return self._client.status if whole else 0
 
 
-def _told(reply: Reply, end: End) -> tuple[EndedBy, str, str | None]:
+def _told(reply: Reply, end: End) -> _Ending:
     """Return how an answer ended for the client that it was relayed to."""
     if end.error is not None:
         return end.ended_by, end.reason, end.error.message

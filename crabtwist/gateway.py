@@ -31,6 +31,23 @@ UsageSubscriber = Callable[[UsageEvent], None]
 Watcher = Callable[[Context, Outcome], None]
 
 
+class _Serving(Deferred[None]):
+    """Fires when an exchange has ended; others may wait for what it asks, so leaving need not end it."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        super().__init__()
+        self._leave: Callable[[], None] | None = leave
+
+    def cancel(self) -> None:
+        if self._leave is not None:
+            self._leave()
+
+    def end(self) -> None:
+        # Whoever keeps this keeps no exchange by it.
+        self._leave = None
+        self.callback(None)
+
+
 class Gateway:
     """
     The gateway itself, without sockets.
@@ -85,9 +102,9 @@ class Gateway:
         exchange = Exchange(self, self.registry, operation, request, key, new_request_id())
         self._running.add(exchange)
         self.metrics.active.inc()
-        ended = exchange.start()
-        ended.addBoth(self._ended, exchange)
-        return ended
+        serving = _Serving(exchange.leave)
+        exchange.start().addBoth(self._ended, exchange, serving)
+        return serving
 
     def when_unused(self, registry: Registry) -> Deferred[None]:
         """Return a Deferred that fires when no exchange uses a registry that was replaced."""
@@ -120,7 +137,7 @@ class Gateway:
             for deployment in deployments
         )
 
-    def _ended(self, result: object, exchange: Exchange) -> object:
+    def _ended(self, _result: None, exchange: Exchange, serving: _Serving) -> None:
         self._running.discard(exchange)
         self.metrics.active.dec()
         context, outcome = exchange.context, exchange.outcome
@@ -133,7 +150,7 @@ class Gateway:
         self.hooks.ended(context, outcome)
         if self._waiting:
             self._tell_unused()
-        return result
+        serving.end()
 
     def _publish(self, exchange: Exchange) -> None:
         if not self._subscribers:

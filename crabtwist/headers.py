@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 
 from twisted.web.http_headers import Headers as HeaderMap
 
@@ -66,7 +65,7 @@ def written(fields: Headers) -> bytes:
 
     Raises ValueError for a name that is none (RFC 9110, 5.1).
     """
-    lines = [_begun(name) + value for name, value in fields]
+    lines = [_BEGUN[name] + value for name, value in fields]
     text = b"\r\n".join(lines)
     if text.count(b"\n") >= len(lines) or text.count(b"\r") >= len(lines):
         # Somebody's plugin, or its upstream, would otherwise say fields of its own.
@@ -74,11 +73,21 @@ def written(fields: Headers) -> bytes:
     return text
 
 
-@lru_cache(maxsize=1024)
-def _begun(name: bytes) -> bytes:
-    if not _TOKEN.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a header field")
-    return name + b": "
+class _Begun(dict[bytes, bytes]):
+    """How the line of a name begins; of so many names it is known, peers may say others."""
+
+    MOST_NAMES = 1024
+
+    def __missing__(self, name: bytes) -> bytes:
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a header field")
+        begun = name + b": "
+        if len(self) < self.MOST_NAMES:
+            self[name] = begun
+        return begun
+
+
+_BEGUN = _Begun()
 
 
 def header_map(fields: Headers) -> HeaderMap:

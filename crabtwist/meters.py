@@ -8,17 +8,21 @@ others have heard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import add
 
 import attrs
 import msgspec
 from twisted.internet.interfaces import IReactorTime
 
 from crabtwist.leases import Lease, Leases
-from crabtwist.terms import LimitSettings
+from crabtwist.terms import KINDS, LimitSettings
 from crabtwist.windows import COARSE_SECONDS, MINUTE_SECONDS, SlidingMinute
 
-_WORDS = {"requests": "requests", "input_tokens": "input tokens", "output_tokens": "output tokens"}
+#: Amounts are sequences with one for each of `KINDS`; a column is a place in them.
+Amounts = Sequence[int]
+
+_WORDS = tuple(kind.replace("_", " ") for kind in KINDS)
 
 #: When to ask again where requests at once are the limit: nobody knows when one of them ends.
 CONCURRENT_RETRY_SECONDS = 1
@@ -37,75 +41,67 @@ Standing = tuple[int, int, int]
 
 
 class Meter:
-    """What one scope has used: windows by kind, and requests that run."""
+    """What one scope has used: a window, and requests that run."""
 
     def __init__(self, whose: str, settings: LimitSettings) -> None:
         self.whose = whose
         self.running = 0
         self.asked_at = 0.0
-        self.windows: dict[str, SlidingMinute] = {}
-        #: What other nodes have used, for kinds where there are any.
-        self.elsewhere: dict[str, SlidingMinute] = {}
+        self.window = SlidingMinute(len(KINDS))
+        #: What other nodes have used, if there are any.
+        self.elsewhere: SlidingMinute | None = None
         self.hold_to(settings)
 
     def hold_to(self, settings: LimitSettings) -> None:
         """Hold the scope to other limits from now on; what it has used stays used."""
         self.settings = settings
-        self.limits = settings.per_minute()
+        #: By column, for those that are limited.
+        self.limits = {KINDS.index(kind): limit for kind, limit in settings.per_minute().items()}
         self.concurrent_limit = settings.concurrent_requests
-        self.windows = {kind: self.windows.get(kind) or SlidingMinute() for kind in self.limits}
 
     def running_elsewhere(self) -> int:
         """Return how many requests other nodes run."""
         return 0
 
-    def standings(self, now: float) -> dict[str, Standing]:
-        """Return how each limit by the minute stands, for all nodes, by kind."""
+    def used(self, now: float) -> Amounts:
+        """Return what all nodes have used."""
+        used = self.window.at(now)
+        return used if self.elsewhere is None else list(map(add, used, self.elsewhere.at(now)))
+
+    def standings(self, now: float) -> dict[int, Standing]:
+        """Return how each limit by the minute stands, for all nodes, by column."""
+        used, window, others = self.used(now), self.window, self.elsewhere
         standings = {}
-        for kind, limit in self.limits.items():
-            used, clear_at = self.windows[kind].used_until(now)
-            others = self.elsewhere.get(kind)
+        for column, limit in self.limits.items():
+            clear_at = window.clear_at(now, column)
             if others is not None:
-                used_there, clear_there = others.used_until(now)
-                used, clear_at = used + used_there, max(clear_at, clear_there)
-            standings[kind] = limit - used, limit, clear_at
+                clear_at = max(clear_at, others.clear_at(now, column))
+            standings[column] = limit - used[column], limit, clear_at
         return standings
 
-    def wait_seconds(self, kind: str, now: float, room: int) -> int:
-        """Return in how many whole seconds all have used no more than `room`."""
-        return self.windows[kind].wait_seconds(now, room, self.elsewhere.get(kind))
-
-    def fault(self, now: float, estimate: Mapping[str, int]) -> _Fault | None:
+    def fault(self, now: float, estimate: Amounts) -> _Fault | None:
         """Return why a request does not fit, None if it does."""
         concurrent = self.concurrent_limit
         if concurrent is not None and self.running + self.running_elsewhere() >= concurrent:
             return f"{self.whose} may use {concurrent} requests at once, and has", CONCURRENT_RETRY_SECONDS
-        for kind, limit in self.limits.items():
-            others = self.elsewhere.get(kind)
-            used = self.windows[kind].at(now) + (0 if others is None else others.at(now))
+        used = self.used(now)
+        for column, limit in self.limits.items():
             # Whoever wants more than all gets it when nothing else is used; else it could never be had.
-            if used and used + estimate[kind] > limit:
-                wait = self.wait_seconds(kind, now, max(0, limit - estimate[kind]))
-                return f"{self.whose} may use {limit} {_WORDS[kind]} a minute, and has", wait
+            if used[column] and used[column] + estimate[column] > limit:
+                room = max(0, limit - estimate[column])
+                wait = self.window.wait_seconds(now, column, room, self.elsewhere)
+                return f"{self.whose} may use {limit} {_WORDS[column]} a minute, and has", wait
         return None
 
-    def charge(self, now: float, estimate: Mapping[str, int]) -> dict[str, int]:
-        """Use what is estimated; returns where it was put down."""
+    def charge(self, now: float, estimate: Amounts) -> int:
+        """Use what is estimated; returns the cell where it was put down."""
         self.running += 1
-        return {kind: window.add(now, estimate[kind]) for kind, window in self.windows.items()}
+        return self.window.add(now, estimate)
 
-    def settle(self, cells: Mapping[str, int], change: Mapping[str, int]) -> None:
+    def settle(self, cell: int, changes: Amounts) -> None:
         """Make good what the estimate was wrong by."""
         self.running -= 1
-        for kind, cell in cells.items():
-            if change[kind]:
-                self.correct(kind, cell, change[kind])
-
-    def correct(self, kind: str, cell: int, change: int) -> int:
-        """Change what was put down; returns the change that was made."""
-        window = self.windows.get(kind)
-        # The limit may have been lifted since.
-        return 0 if window is None else window.correct(cell, change)
+        self.window.correct(cell, changes)
 
     def leave(self) -> None:
         """Be forgotten."""
@@ -159,7 +155,7 @@ class SharedMeter(Meter):
         self._clock = clock
         self._leases = leases
         self._slots = Lease()
-        self._amounts: dict[str, Lease] = {}
+        self._amounts: dict[int, Lease] = {}
         self._heard: dict[bytes, _Heard] = {}
         super().__init__(whose, settings)
         leases.join(self)
@@ -167,7 +163,7 @@ class SharedMeter(Meter):
     def hold_to(self, settings: LimitSettings) -> None:
         """Hold the scope to other limits from now on."""
         super().hold_to(settings)
-        self._amounts = {kind: self._amounts.get(kind) or Lease() for kind in self.limits}
+        self._amounts = {column: self._amounts.get(column) or Lease() for column in self.limits}
         self._add_up()
 
     # Deciding.
@@ -177,7 +173,7 @@ class SharedMeter(Meter):
         alive = self._leases.alive()
         return sum(each.running for member, each in self._heard.items() if member in alive)
 
-    def fault(self, now: float, estimate: Mapping[str, int]) -> _Fault | None:
+    def fault(self, now: float, estimate: Amounts) -> _Fault | None:
         """Return why a request does not fit, None if it does."""
         fault = super().fault(now, estimate)
         if fault is None:
@@ -193,51 +189,47 @@ class SharedMeter(Meter):
             self._leases.changed(self)
         return fault
 
-    def _fault_alone(self, now: float, estimate: Mapping[str, int]) -> _Fault | None:
+    def _fault_alone(self, now: float, estimate: Amounts) -> _Fault | None:
         words = "{} may use {} {}, {} of them by this node while it cannot reach the store, and has"
         nodes, concurrent = self._leases.nodes, self.concurrent_limit
         if concurrent is not None and self.running >= (part := max(1, concurrent // nodes)):
             return words.format(self.whose, concurrent, "requests at once", part), CONCURRENT_RETRY_SECONDS
-        for kind, limit in self.limits.items():
+        for column, limit in self.limits.items():
             part = max(1, limit // nodes)
-            wait = self.windows[kind].wait_seconds(now, max(0, part - estimate[kind]))
+            wait = self.window.wait_seconds(now, column, max(0, part - estimate[column]))
             if wait:
-                return words.format(self.whose, limit, f"{_WORDS[kind]} a minute", part), wait
+                return words.format(self.whose, limit, f"{_WORDS[column]} a minute", part), wait
         return None
 
-    def _covers(self, estimate: Mapping[str, int]) -> bool:
+    def _covers(self, estimate: Amounts) -> bool:
         if self.concurrent_limit is not None and not self._slots.covers(1, self.concurrent_limit):
             return False
-        return all(lease.covers(estimate[kind], self.limits[kind]) for kind, lease in self._amounts.items())
+        return all(lease.covers(estimate[c], self.limits[c]) for c, lease in self._amounts.items())
 
     def _runs_low(self) -> bool:
         if self.concurrent_limit is not None and self._slots.runs_low(self.concurrent_limit):
             return True
-        return any(lease.runs_low(self.limits[kind]) for kind, lease in self._amounts.items())
+        return any(lease.runs_low(self.limits[column]) for column, lease in self._amounts.items())
 
     # Counting.
 
-    def charge(self, now: float, estimate: Mapping[str, int]) -> dict[str, int]:
+    def charge(self, now: float, estimate: Amounts) -> int:
         """Use what is estimated, and have it told."""
         self._slots.used += 1
-        for kind, lease in self._amounts.items():
-            lease.used += estimate[kind]
+        for column, lease in self._amounts.items():
+            lease.used += estimate[column]
         self._leases.changed(self, urgent=self._leases.nodes > 1 and self._runs_low())
         return super().charge(now, estimate)
 
-    def settle(self, cells: Mapping[str, int], change: Mapping[str, int]) -> None:
+    def settle(self, cell: int, changes: Amounts) -> None:
         """Make good what the estimate was wrong by, and have it told."""
         self._slots.used -= 1
-        super().settle(cells, change)
+        self.running -= 1
+        if self.window.correct(cell, changes):
+            # What is given back is not had again before it was heard: it may be forgotten elsewhere by then.
+            for column, lease in self._amounts.items():
+                lease.used += max(0, changes[column])
         self._leases.changed(self)
-
-    def correct(self, kind: str, cell: int, change: int) -> int:
-        """Change what was put down."""
-        made = super().correct(kind, cell, change)
-        # What is given back is not had again before it was heard: it may be forgotten elsewhere by then.
-        if made > 0 and kind in self._amounts:
-            self._amounts[kind].used += made
-        return made
 
     # Telling and hearing.
 
@@ -246,7 +238,8 @@ class SharedMeter(Meter):
         for lease in (self._slots, *self._amounts.values()):
             lease.say()
         now = self._clock.seconds()
-        return _encode((self.running, {kind: window.coarse(now) for kind, window in self.windows.items()}))
+        cells = {KINDS[column]: self.window.coarse(now, column) for column in self.limits}
+        return _encode((self.running, cells))
 
     def hear(self, others: Mapping[bytes, bytes]) -> None:
         """Take what the others have used; who says nothing any more has still used what it said."""
@@ -264,10 +257,13 @@ class SharedMeter(Meter):
             self._add_up()
 
     def _add_up(self) -> None:
-        self.elsewhere = {
-            kind: SlidingMinute(cell for heard in self._heard.values() for cell in heard.cells.get(kind, ()))
-            for kind in self.limits
-        }
+        amounts = [
+            (second, column, amount)
+            for heard in self._heard.values()
+            for column, kind in enumerate(KINDS)
+            for second, amount in heard.cells.get(kind, ())
+        ]
+        self.elsewhere = SlidingMinute(len(KINDS), amounts) if amounts else None
 
     def leave(self) -> None:
         """Be forgotten; what the others have not heard yet is still told."""

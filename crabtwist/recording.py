@@ -63,29 +63,32 @@ class Recording:
     `take` all of it at once, and `settle` that this was it; or `fail` says that nothing comes.
     """
 
+    # Here and not set for each: a cache makes one for each request, and most need little of it.
+    status = 0
+    headers: Headers = ()
+    length: int | None = None
+    streamed = False
+    answer: Answer | None = None
+    whole = True
+    led = False
+    deserted = False
+    _on_deserted: Callable[[], object] | None = None
+    _begun = False
+    _is_held = False
+    _ended: Failure | None = None
+    _error: Exception | None = None
+    # The first of the slices is the one after `_dropped` others.
+    _dropped = 0
+    _size = 0
+    _producer: Any = None
+    _paused = False
+
     def __init__(self, max_bytes: int, keeper: Keeper = _NOBODY) -> None:
-        self.status = 0
-        self.headers: Headers = ()
-        self.length: int | None = None
-        self.streamed = False
-        self.answer: Answer | None = None
-        self.whole = True
-        self.led = False
-        self.deserted = False
         self._max_bytes = max_bytes
         self._keeper = keeper
-        self._on_deserted: Callable[[], object] = _nothing
-        self._begun = False
-        self._ended: Failure | None = None
-        self._error: Exception | None = None
-        # The first of the slices is the one after `_dropped` others.
         self._slices: list[bytes] = []
-        self._dropped = 0
-        self._size = 0
         self._waiting: list[Deferred[Reader | Answer]] = []
         self._readers: list[Reader] = []
-        self._producer: Any = None
-        self._paused = False
 
     # For a cache.
 
@@ -111,6 +114,16 @@ class Recording:
         """Take it on; `on_deserted` is called when the last of those who followed has left before the end."""
         self.led = True
         self._on_deserted = on_deserted
+
+    def hold(self) -> None:
+        """Count whoever leads as one more who waits."""
+        self._is_held = True
+
+    def let_go(self) -> None:
+        """Count it no more; harmless afterwards."""
+        if self._is_held:
+            self._is_held = False
+            self._one_less()
 
     def begin(self, status: int, headers: Headers, length: int | None, *, streamed: bool) -> None:
         """Say the head; before the body is poured in."""
@@ -157,7 +170,7 @@ class Recording:
         """Say whether what came was all of it; after its end.  What was taken whole is given on only now."""
         if self._ended is None:
             self._end(Failure(AnswerBroken("the request that this one shared its answer with broke off")))
-        self._on_deserted = _nothing
+        self._on_deserted = None
         self._keeper.settled(whole=complete and self.whole and not self._broken)
         if self.answer is not None:
             self._give(self.answer)
@@ -264,11 +277,12 @@ class Recording:
             self._one_less()
 
     def _one_less(self) -> None:
-        if self._readers or self._waiting:
+        if self._readers or self._waiting or self._is_held:
             self.look_again()
         elif self._ended is None:
             self.deserted = True
-            self._on_deserted()
+            if self._on_deserted is not None:
+                self._on_deserted()
         else:
             self._join_slices()
             self.look_again()
@@ -311,7 +325,3 @@ class Recording:
         elif not (enough or too_much) and self._paused:
             self._paused = False
             self._producer.resumeProducing()
-
-
-def _nothing() -> None:
-    """Stand for nobody who has to be told."""

@@ -113,7 +113,7 @@ class Context:
     `query` and `headers` are the client's, as they go upstream: no credentials, no cookies.
     `prices` are the rows of all deployments that may answer, None for one whose price nobody knows.
     `answer_headers` are for extensions to fill: fields, by lower-case name, that the answer will carry,
-    whoever makes it, in place of the upstream's of that name.
+    whoever makes it, in place of the upstream's of that name; names and values are bytes, as on the wire.
     """
 
     request_id: str
@@ -134,7 +134,7 @@ class Context:
     query: bytes = b""
     headers: Headers = attrs.field(default=(), repr=False)
     prices: tuple[PriceRow | None, ...] = ()
-    answer_headers: dict[str, str] = attrs.field(factory=dict)
+    answer_headers: dict[bytes, bytes] = attrs.field(factory=dict)
 
     def most_output_tokens(self, unbounded: int) -> int:
         """Return how long all answers together may be, each `unbounded` where the client set no bound."""

@@ -64,7 +64,7 @@ class CacheTestCase(SynchronousTestCase):
         )
         self.context: Context = make_context(headers=headers, **context)
         found = self.cache.on_cache_lookup(self.context, body)
-        return self.context.answer_headers[CACHE], found
+        return self.context.answer_headers[CACHE].decode(), found
 
     def begin(self, recording: Recording | None) -> Collector:
         """Lead a recording, as one who reads it."""
@@ -523,7 +523,7 @@ class InStoreTests(CacheTestCase):
     def test_found(self) -> None:
         """What one node was answered another is given, and keeps for itself."""
         recording = self.successResultOf(self.looking_here())
-        self.assertEqual("hit", self.context.answer_headers[CACHE])
+        self.assertEqual(b"hit", self.context.answer_headers[CACHE])
         self.assertEqual(Answer(200, JSON, b"answer"), self.successResultOf(recording.follow()))
         asked = self.storage.asked
         self.assertEqual("hit", self.said())
@@ -532,7 +532,7 @@ class InStoreTests(CacheTestCase):
     def test_other_question(self) -> None:
         """What nobody was answered is a miss, to be led."""
         recording = self.successResultOf(self.looking_here(b"another"))
-        self.assertEqual(("miss", False), (self.context.answer_headers[CACHE], recording.led))
+        self.assertEqual((b"miss", False), (self.context.answer_headers[CACHE], recording.led))
 
     def test_slow(self) -> None:
         """A request waits for the store only so long; then the store is left alone for a while."""
@@ -580,5 +580,5 @@ class InStoreTests(CacheTestCase):
         self.begin(recording)
         held.callback(None)
         self.assertIs(recording, self.successResultOf(first))
-        self.assertEqual(("hit", "miss"), (one.answer_headers[CACHE], other.answer_headers[CACHE]))
+        self.assertEqual((b"hit", b"miss"), (one.answer_headers[CACHE], other.answer_headers[CACHE]))
         self.assertEqual(0, recording.size_bytes)

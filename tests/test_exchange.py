@@ -42,7 +42,7 @@ class Recorder(Extension):
         self.responses: list[Answer] = []
         self.cached: Answer | None = None
         self.refusal: Exception | None = None
-        self.headers: dict[str, str] = {}
+        self.headers: dict[bytes, bytes] = {}
 
     def on_request(self, context: Context) -> None:
         context.answer_headers.update(self.headers)
@@ -270,7 +270,7 @@ class RefusalTests(ExchangeTestCase):
     def test_headers_of_extensions(self) -> None:
         """What an extension puts into the answer's head is there, whoever made the answer."""
         self.gateway(FakeProvider("p", [FakeResponse(200, (*JSON, (b"X-Left", b"99")), MESSAGE)]))
-        self.recorder.headers = {"x-left": "5"}
+        self.recorder.headers = {b"x-left": b"5"}
         self.assertEqual("5", self.ask().header("x-left"))
         self.recorder.refusal = Refused(429, None, "enough")
         self.assertEqual("5", self.ask().header("x-left"))

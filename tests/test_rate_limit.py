@@ -26,7 +26,7 @@ from crabtwist.testing import FakeServices, make_context
 from crabtwist.values import Attempt, Context, Outcome, Usage
 from tests.test_leases import NOON, Line
 
-LEFT = "anthropic-ratelimit-output-tokens-remaining"
+LEFT = b"anthropic-ratelimit-output-tokens-remaining"
 ASKED = (Attempt("p", "m", 200, None, 0.0, 1.0),)
 
 
@@ -213,7 +213,7 @@ class RateLimitTests(SynchronousTestCase):
         self.ask(principal="b")
         self.assertIn("everybody together", self.refused(principal="b").message)
         self.assertEqual(
-            "1", self.ask_later(61, principal="b").answer_headers["anthropic-ratelimit-requests-remaining"]
+            b"1", self.ask_later(61, principal="b").answer_headers[b"anthropic-ratelimit-requests-remaining"]
         )
 
     def ask_later(self, seconds: int, **context: Any) -> Context:
@@ -237,16 +237,16 @@ class RateLimitTests(SynchronousTestCase):
         self.limit(requests_per_minute=10, input_tokens_per_minute=1000)
         said = self.ask(body_bytes=400).answer_headers
         self.assertEqual(
-            ("10", "9"),
-            (said["anthropic-ratelimit-requests-limit"], said["anthropic-ratelimit-requests-remaining"]),
+            (b"10", b"9"),
+            (said[b"anthropic-ratelimit-requests-limit"], said[b"anthropic-ratelimit-requests-remaining"]),
         )
-        self.assertEqual("900", said["anthropic-ratelimit-input-tokens-remaining"])
-        self.assertEqual("1970-01-01T00:01:01Z", said["anthropic-ratelimit-requests-reset"])
+        self.assertEqual(b"900", said[b"anthropic-ratelimit-input-tokens-remaining"])
+        self.assertEqual(b"1970-01-01T00:01:01Z", said[b"anthropic-ratelimit-requests-reset"])
         said = self.ask(dialect="openai").answer_headers
         self.assertEqual(
-            ("8", "61s"), (said["x-ratelimit-remaining-requests"], said["x-ratelimit-reset-requests"])
+            (b"8", b"61s"), (said[b"x-ratelimit-remaining-requests"], said[b"x-ratelimit-reset-requests"])
         )
-        self.assertEqual("1000", said["x-ratelimit-limit-tokens"])
+        self.assertEqual(b"1000", said[b"x-ratelimit-limit-tokens"])
 
     def test_idle(self) -> None:
         """Whom nobody asks for any more is forgotten, unless something still runs."""
@@ -353,7 +353,7 @@ class SharedLimitTests(NodesCase):
         self.ask(1)
         self.pass_time(0.2)
         said = self.ask(1, dialect="openai").answer_headers
-        self.assertEqual("4", said["x-ratelimit-remaining-requests"])
+        self.assertEqual(b"4", said[b"x-ratelimit-remaining-requests"])
 
     def test_scopes(self) -> None:
         """All limits are common, each for itself."""
@@ -406,7 +406,7 @@ class SharedLimitTests(NodesCase):
         self.ask(0, max_tokens=10)
         self.assertIn("waits to hear", self.refused(0, max_tokens=1).message)
         self.pass_time(0.2)
-        self.assertEqual("89", self.ask(0, max_tokens=1).answer_headers[LEFT])
+        self.assertEqual(b"89", self.ask(0, max_tokens=1).answer_headers[LEFT])
 
     def test_news_of_one(self) -> None:
         """What one node says anew does not make another's word forgotten."""
@@ -414,7 +414,7 @@ class SharedLimitTests(NodesCase):
         for node in (2, 1, 0, 1, 0):
             self.ask(node)
             self.pass_time(0.2)
-        self.assertEqual("4", self.ask(0).answer_headers["anthropic-ratelimit-requests-remaining"])
+        self.assertEqual(b"4", self.ask(0).answer_headers[b"anthropic-ratelimit-requests-remaining"])
 
     def test_concurrent(self) -> None:
         """Requests at once are counted on all nodes."""
@@ -547,7 +547,7 @@ class WithoutStoreTests(NodesCase):
         self.assertEqual(("store_unreachable", "5"), (refusal.slug, refusal.headers["retry-after"]))
         self.lines[0].is_cut = False
         self.pass_time(1)
-        self.assertEqual("8", self.ask(0).answer_headers["anthropic-ratelimit-requests-remaining"])
+        self.assertEqual(b"8", self.ask(0).answer_headers[b"anthropic-ratelimit-requests-remaining"])
 
     def test_refuse_what_is_limited(self) -> None:
         """Whoever has no limits is let through also then."""

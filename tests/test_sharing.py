@@ -238,6 +238,18 @@ class StreamTests(SharingTestCase):
         self.assertEqual((499, "client_left", 0), self.ending(leader))
         self.check_costs(leader, follower)
 
+    def test_leader_leaves_and_asking_fails(self) -> None:
+        """Nor does its leaving make it anybody's that nothing comes of it: it has left, the other is told."""
+        opening: Deferred[Any] = Deferred()
+        self.second = FakeProvider("q", [ConnectFailed("no")])
+        self.serve(opening, max_retries=0)
+        leader, follower = self.several(2)
+        leader.leave()
+        opening.errback(ConnectFailed("no"))
+        self.assertEqual((499, "client_left", 0), self.ending(leader))
+        self.assertEqual((502, "connect_failed"), (follower.request.code, follower.outcome.reason))
+        self.assertEqual((0, []), (len(self.cache), self.clock.getDelayedCalls()))
+
     def test_leader_leaves_in_the_middle(self) -> None:
         """Nor does its leaving in the middle."""
         leader, follower = self.several(2)
@@ -445,6 +457,7 @@ class StreamTests(SharingTestCase):
             for each in followers:
                 self.assertEqual((503, "shutting_down"), (each.request.code, each.outcome.reason))
             self.assertEqual("client_left" if leaves else "shutting_down", leader.outcome.reason)
+            self.assertEqual(None if leaves else 503, leader.request.code)
             self.assertEqual((True, []), (self.response.stopped, self.clock.getDelayedCalls()))
 
     def test_reload(self) -> None:
@@ -464,11 +477,10 @@ class StreamTests(SharingTestCase):
 
     def test_fault_of_one(self) -> None:
         """A fault in answering the first one is told to it at once, and is nobody else's."""
-        faults = iter([ZeroDivisionError()])
 
         def falter(*arguments: Any) -> Reply:
-            for fault in faults:
-                raise fault
+            if arguments[-1] is leader.context:
+                raise ZeroDivisionError
             return share(*arguments)
 
         self.patch(exchange, "share", falter)

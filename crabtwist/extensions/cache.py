@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Coroutine
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from crabtwist.settings import positive
 from crabtwist.values import Answer, Context, Headers
 
 #: Says on every answer where it is from.
-CACHE = "x-crabtwist-cache"
+CACHE = b"x-crabtwist-cache"
 
 #: What an entry takes beside its answer's body: its key, a head of two dozen fields, its place in the order.
 ENTRY_BYTES = 8192
@@ -131,7 +132,7 @@ class CacheExtension(Extension):
         """Return what others were given, or are being given now, or something to record the answer in."""
         wish = _wish(context.headers)
         if wish.no_store:
-            context.answer_headers[CACHE] = "bypass"
+            context.answer_headers[CACHE] = b"bypass"
             return None
         key = self._key(context, body)
         entry = None if wish.no_cache else self._usable(key, wish)
@@ -140,9 +141,9 @@ class CacheExtension(Extension):
             self._entries.move_to_end(key)
             recording = entry.recording
             if recording is None or recording.led:
-                context.answer_headers[CACHE] = "hit"
+                context.answer_headers[CACHE] = b"hit"
                 return recording or entry.answer
-        context.answer_headers[CACHE] = "bypass" if wish.no_cache else "miss"
+        context.answer_headers[CACHE] = b"bypass" if wish.no_cache else b"miss"
         # One that nobody leads yet may still be found in the store.
         recording = recording or self._new(key)
         if self._store is None or wish.no_cache:
@@ -157,13 +158,13 @@ class CacheExtension(Extension):
         entry = self._entries.get(key)
         if recording.led and recording.open:
             # Somebody else has begun to ask meanwhile, or has found it.
-            context.answer_headers[CACHE] = "hit"
+            context.answer_headers[CACHE] = b"hit"
         if kept is None or entry is None or entry.recording is not recording or recording.led:
             return recording
         if self._clock.seconds() - kept.kept_at <= min(wish.max_age_seconds, self._settings.ttl_seconds):
             entry.kept_at = kept.kept_at
             _play(kept, recording)
-            context.answer_headers[CACHE] = "hit"
+            context.answer_headers[CACHE] = b"hit"
         return recording
 
     def _usable(self, key: bytes, wish: _Wish) -> _Entry | None:
@@ -233,11 +234,18 @@ class CacheExtension(Extension):
         decisive = sorted(
             [(n, value) for name, value in context.headers if (n := name.lower()).startswith(_DECISIVE)]
         )
-        words = (whose, context.operation, context.dialect, context.model, kind, context.query, decisive)
-        # What repr makes of strings and bytes is quoted, so no two ways of dividing them look the same.
-        digest = blake2b(repr(words).encode(), digest_size=32)
+        digest = _begun(
+            whose, context.operation, context.dialect, context.model, kind, context.query, *decisive
+        ).copy()
         digest.update(said)
         return digest.digest()
+
+
+@lru_cache(maxsize=256)
+def _begun(*words: object) -> blake2b:
+    """Return the digest of what is asked for beside the body; the same for most requests of one client."""
+    # What repr makes of strings and bytes is quoted, so no two ways of dividing them look the same.
+    return blake2b(repr(words).encode(), digest_size=32)
 
 
 def _kept(recording: Recording, body: bytes, kept_at: float) -> KeptAnswer:

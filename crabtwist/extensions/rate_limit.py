@@ -10,11 +10,11 @@ Where the store is one that nodes share, the limits are those of all nodes toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
-from operator import itemgetter
+from operator import itemgetter, sub
 from typing import Any
 
 import attrs
@@ -28,7 +28,7 @@ from crabtwist.dialects.operations import OPERATIONS
 from crabtwist.errors import Refused
 from crabtwist.extension import Extension
 from crabtwist.leases import Leases, WithoutStore
-from crabtwist.meters import IDLE_SECONDS, Meter, SharedMeter, Standing
+from crabtwist.meters import IDLE_SECONDS, Amounts, Meter, SharedMeter, Standing
 from crabtwist.terms import KINDS, LimitSettings
 from crabtwist.values import BYTES_PER_TOKEN, Context, Outcome
 
@@ -37,6 +37,9 @@ ESTIMATED_OUTPUT_TOKENS = 1024
 
 #: What uses no tokens.
 _TOKENLESS = frozenset(operation.name for operation in OPERATIONS.values() if not operation.counts)
+
+#: As `Amounts`.
+_ONE_REQUEST = (1, 0, 0)
 
 #: When to ask again where the store has to come back.
 STORE_RETRY_SECONDS = 5
@@ -58,10 +61,8 @@ class RateLimitSettings(LimitSettings):
     without_store: WithoutStore = "local"
 
 
-@attrs.frozen
-class _Charge:
-    estimate: Mapping[str, int]
-    places: Sequence[tuple[Meter, Mapping[str, int]]]
+#: What was estimated for a request, and the meters that it was charged to, with the cells that it is in.
+_Charge = tuple[Amounts, list[tuple[Meter, int]]]
 
 
 @implementer(IService)
@@ -114,8 +115,7 @@ class RateLimitExtension(Extension, Service):
                 {"retry-after": str(seconds)},
                 slug="rate_limited",
             )
-        places = [(meter, meter.charge(now, estimate)) for meter in meters]
-        self._charges[context.request_id] = _Charge(estimate, places)
+        self._charges[context.request_id] = estimate, [(m, m.charge(now, estimate)) for m in meters]
         self._say(context, meters, now)
 
     def on_end(self, context: Context, outcome: Outcome) -> None:
@@ -123,10 +123,10 @@ class RateLimitExtension(Extension, Service):
         charge = self._charges.pop(context.request_id, None)
         if charge is None:
             return
-        used = _used(charge.estimate, outcome)
-        change = {kind: used[kind] - charge.estimate[kind] for kind in KINDS}
-        for meter, cells in charge.places:
-            meter.settle(cells, change)
+        estimate, places = charge
+        changes = tuple(map(sub, _used(estimate, outcome), estimate))
+        for meter, cell in places:
+            meter.settle(cell, changes)
 
     def _meters_for(self, context: Context, now: float) -> list[Meter]:
         settings, key = self._settings, context.principal or "anybody"
@@ -178,18 +178,23 @@ class RateLimitExtension(Extension, Service):
 
     def _say(self, context: Context, meters: list[Meter], now: float) -> None:
         """Put the tightest limit of each kind into the answer's head, as the dialect says it."""
-        tightest: dict[str, Standing] = {}
-        for meter in meters:
-            for kind, standing in meter.standings(now).items():
-                if kind not in tightest or standing[0] < tightest[kind][0]:
-                    tightest[kind] = standing
-        said, reset = context.answer_headers, _RESETS[context.dialect]
-        for kind, (limit_name, left_name, reset_name) in _NAMES[context.dialect].items():
-            if kind in tightest:
-                left, limit, clear_at = tightest[kind]
-                said[limit_name] = str(limit)
-                said[left_name] = str(left) if left > 0 else "0"
+        tightest = meters[0].standings(now) if len(meters) == 1 else _tightest(meters, now)
+        said, names, reset = context.answer_headers, _NAMES[context.dialect], _RESETS[context.dialect]
+        for column, (left, limit, clear_at) in tightest.items():
+            if column in names:
+                limit_name, left_name, reset_name = names[column]
+                said[limit_name] = b"%d" % limit
+                said[left_name] = b"%d" % left if left > 0 else b"0"
                 said[reset_name] = reset(clear_at, now)
+
+
+def _tightest(meters: list[Meter], now: float) -> dict[int, Standing]:
+    tightest: dict[int, Standing] = {}
+    for meter in meters:
+        for column, standing in meter.standings(now).items():
+            if column not in tightest or standing[0] < tightest[column][0]:
+                tightest[column] = standing
+    return dict(sorted(tightest.items()))
 
 
 def _out_of_touch(meter: Meter) -> Refused:
@@ -208,60 +213,53 @@ def _whose(scope: str, key: str = "", model: str = "") -> str:
     return f"key {key!r}" if scope == "key" else f"key {key!r} with model {model!r}"
 
 
-def _estimate(context: Context) -> dict[str, int]:
+def _estimate(context: Context) -> Amounts:
     if context.operation in _TOKENLESS:
-        return {"requests": 1, "input_tokens": 0, "output_tokens": 0}
-    return {
-        "requests": 1,
-        "input_tokens": context.estimated_prompt_tokens,
-        "output_tokens": context.most_output_tokens(ESTIMATED_OUTPUT_TOKENS),
-    }
+        return _ONE_REQUEST
+    return 1, context.estimated_prompt_tokens, context.most_output_tokens(ESTIMATED_OUTPUT_TOKENS)
 
 
-def _used(estimate: Mapping[str, int], outcome: Outcome) -> Mapping[str, int]:
+def _used(estimate: Amounts, outcome: Outcome) -> Amounts:
     """Return what a request really used; the estimate where an upstream took it on and nobody counted."""
     if not outcome.attempts:
         # Another guard refused it, or a cache had it.
-        return {"requests": int(outcome.cache_hit), "input_tokens": 0, "output_tokens": 0}
+        return int(outcome.cache_hit), 0, 0
     if not any(map(may_be_billed, outcome.attempts)):
-        return {"requests": 1, "input_tokens": 0, "output_tokens": 0}
+        return _ONE_REQUEST
     if outcome.usage is None:
         return estimate
     output_tokens = outcome.usage.completion_tokens
     if not outcome.usage.complete:
         # An answer is counted at its end; who leaves before must not have had it for nothing.
         sent = outcome.bytes_out // BYTES_PER_TOKEN
-        output_tokens = max(output_tokens, min(estimate["output_tokens"], sent))
+        output_tokens = max(output_tokens, min(estimate[2], sent))
     # What the vendor's cache gave is not counted, as at the vendors.
-    return {
-        "requests": 1,
-        "input_tokens": outcome.usage.prompt_tokens - outcome.usage.cache_read_tokens,
-        "output_tokens": output_tokens,
-    }
+    return 1, outcome.usage.prompt_tokens - outcome.usage.cache_read_tokens, output_tokens
 
 
 @lru_cache(maxsize=256)
-def _timestamp(seconds: int) -> str:
+def _timestamp(seconds: int) -> bytes:
     # Costs as much as all the rest of a request's limits, and most requests of a second share it.
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
 
 
-def _names(stem: str) -> tuple[str, str, str]:
-    return stem.format("limit"), stem.format("remaining"), stem.format("reset")
+def _names(stem: str) -> tuple[bytes, bytes, bytes]:
+    limit, left, reset = (stem.format(word).encode() for word in ("limit", "remaining", "reset"))
+    return limit, left, reset
 
 
-#: By dialect and kind, the fields that say a limit, what is left of it, and when all of it will be there.
+#: By dialect and column, the fields that say a limit, what is left of it, and when all of it will be there.
 #: OpenAI's clients know requests and tokens; its tokens are those of the prompt.
 _NAMES = {
-    "anthropic": {kind: _names(f"anthropic-ratelimit-{kind.replace('_', '-')}-{{}}") for kind in KINDS},
-    "openai": {
-        "requests": _names("x-ratelimit-{}-requests"),
-        "input_tokens": _names("x-ratelimit-{}-tokens"),
+    "anthropic": {
+        column: _names(f"anthropic-ratelimit-{kind.replace('_', '-')}-{{}}")
+        for column, kind in enumerate(KINDS)
     },
+    "openai": {0: _names("x-ratelimit-{}-requests"), 1: _names("x-ratelimit-{}-tokens")},
 }
 
 #: How each dialect says when that is.
-_RESETS: Mapping[str, Callable[[int, float], str]] = {
+_RESETS: Mapping[str, Callable[[int, float], bytes]] = {
     "anthropic": lambda clear_at, _now: _timestamp(clear_at),
-    "openai": lambda clear_at, now: f"{ceil(clear_at - now)}s",
+    "openai": lambda clear_at, now: b"%ds" % ceil(clear_at - now),
 }
