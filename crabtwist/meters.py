@@ -70,14 +70,10 @@ class Meter:
 
     def standings(self, now: float) -> dict[int, Standing]:
         """Return how each limit by the minute stands, for all nodes, by column."""
-        used, window, others = self.used(now), self.window, self.elsewhere
-        standings = {}
-        for column, limit in self.limits.items():
-            clear_at = window.clear_at(now, column)
-            if others is not None:
-                clear_at = max(clear_at, others.clear_at(now, column))
-            standings[column] = limit - used[column], limit, clear_at
-        return standings
+        used, clear_at = self.used(now), self.window.clear_at(now)
+        if self.elsewhere is not None:
+            clear_at = list(map(max, clear_at, self.elsewhere.clear_at(now)))
+        return {c: (limit - used[c], limit, clear_at[c]) for c, limit in self.limits.items()}
 
     def fault(self, now: float, estimate: Amounts) -> _Fault | None:
         """Return why a request does not fit, None if it does."""

@@ -9,6 +9,7 @@ exist only where they are shown.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import attrs
 
@@ -52,6 +53,7 @@ class PriceRow:
         return self.rates
 
 
+@lru_cache(maxsize=64)
 def in_dollars(picodollars: int) -> str:
     """Return an amount as people read it, exact and without trailing zeros: "$0.0000125"."""
     sign = "-" if picodollars < 0 else ""

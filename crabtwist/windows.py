@@ -91,13 +91,17 @@ class SlidingMinute:
                 amounts[last] = amounts.get(last, 0) + amount
         return list(amounts.items())
 
-    def clear_at(self, now: float, column: int) -> int:
-        """Return when all that is used will be forgotten, in whole seconds; `now` for nothing."""
-        if self.at(now)[column]:
-            for cell in reversed(self.cells):
-                if cell[1 + column]:
-                    return cell[0] + MINUTE_SECONDS + 1
-        return ceil(now)
+    def clear_at(self, now: float) -> list[int]:
+        """Return when all that is used of each will be forgotten, in whole seconds; `now` for nothing."""
+        if all(self.at(now)) and all(latest := self.cells[-1]):
+            # Most have just used some of everything.
+            return [latest[0] + MINUTE_SECONDS + 1] * len(self.used)
+        clear_at = [ceil(now)] * len(self.used)
+        for second, *amounts in self.cells:
+            for column, amount in enumerate(amounts):
+                if amount:
+                    clear_at[column] = second + MINUTE_SECONDS + 1
+        return clear_at
 
     def wait_seconds(self, now: float, column: int, room: int, others: SlidingMinute | None = None) -> int:
         """Return in how many whole seconds no more than `room` is used, here and there; 0 for now."""

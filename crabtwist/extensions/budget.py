@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import attrs
 from twisted.application.service import Service
@@ -83,8 +83,7 @@ class BudgetSettings:
         return Budget(picodollars(dollars), own.per or self.per, own.time_zone or self.time_zone)
 
 
-@attrs.frozen
-class _Reservation:
+class _Reservation(NamedTuple):
     account: Account
     amount: int
     row: PriceRow | None

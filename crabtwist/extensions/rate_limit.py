@@ -10,7 +10,7 @@ Where the store is one that nodes share, the limits are those of all nodes toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
@@ -130,33 +130,27 @@ class RateLimitExtension(Extension, Service):
 
     def _meters_for(self, context: Context, now: float) -> list[Meter]:
         settings, key = self._settings, context.principal or "anybody"
-        # What a key brings with it says more than what the configuration says of it.
-        scopes: list[tuple[tuple[str, ...], LimitSettings]] = [
-            (("key", key), context.limits or settings.keys.get(key, settings))
-        ]
+        meters: list[Meter] = []
         if settings.all is not None:
-            scopes.insert(0, (("all",), settings.all))
+            meters += self._meters_of(("all",), settings.all, now)
+        # What a key brings with it says more than what the configuration says of it.
+        meters += self._meters_of(("key", key), context.limits or settings.keys.get(key, settings), now)
         if context.model in settings.models:
-            scopes.append((("model", key, context.model), settings.models[context.model]))
-        meters = []
-        for scope, limits in scopes:
-            meter = self._meters.get(scope)
-            if meter is None or meter.settings is not limits:
-                if limits.are_none:
-                    continue
-                meter = self._held_to(limits, scope)
-            meter.asked_at = now
-            meters.append(meter)
+            meters += self._meters_of(("model", key, context.model), settings.models[context.model], now)
         return meters
 
-    def _held_to(self, limits: LimitSettings, scope: tuple[str, ...]) -> Meter:
-        """Return the meter of a scope that is new, or has other limits from now on."""
+    def _meters_of(self, scope: tuple[str, ...], limits: LimitSettings, now: float) -> Sequence[Meter]:
+        """Return the meter of a scope, which may be new, or have other limits from now on; none without."""
         meter = self._meters.get(scope)
-        if meter is None:
-            meter = self._meters[scope] = self._make_meter(scope, limits)
-        else:
-            meter.hold_to(limits)
-        return meter
+        if meter is None or meter.settings is not limits:
+            if limits.are_none:
+                return ()
+            if meter is None:
+                meter = self._meters[scope] = self._make_meter(scope, limits)
+            else:
+                meter.hold_to(limits)
+        meter.asked_at = now
+        return (meter,)
 
     def _make_meter(self, scope: tuple[str, ...], limits: LimitSettings) -> Meter:
         whose = _whose(*scope)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from operator import add as plus
 from operator import attrgetter
 
 import attrs
@@ -55,7 +56,7 @@ def sums_of(outcome: Outcome) -> list[int]:
 
 def add(sums: list[int], more: Sequence[int]) -> None:
     """Add to sums, in place."""
-    sums[:] = [a + b for a, b in zip(sums, more, strict=True)]
+    sums[:] = map(plus, sums, more)
 
 
 def added(many: Iterable[Sequence[int]]) -> list[int]:
